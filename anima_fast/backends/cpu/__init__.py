@@ -1,0 +1,42 @@
+"""Ops in C++ (csrc/cpu), through `anima_fast._C`."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from types import ModuleType
+
+
+@functools.cache
+def extension() -> ModuleType:
+    """`anima_fast._C`. torch is imported first, so that both share one OpenMP runtime."""
+    import torch  # noqa: F401
+
+    from ... import _C
+
+    return _C
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why the extension is not there, or None."""
+    try:
+        extension()
+    except ImportError as error:
+        reason = build_info().get("reason") or error
+        return (
+            f"the C++ extension is not installed ({reason}); "
+            "install a C++17 compiler and reinstall anima-fast"
+        )
+    return None
+
+
+def build_info() -> dict[str, object]:
+    """What setup.py recorded when the package was built; empty if it did not."""
+    path = Path(__file__).parents[2] / "_build.json"
+    try:
+        info = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return info if isinstance(info, dict) else {}

@@ -1,0 +1,1 @@
+"""Ops in plain torch: any device, no compiler."""

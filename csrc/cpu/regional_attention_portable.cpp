@@ -1,0 +1,2 @@
+#define ANIMA_ISA portable
+#include "regional_attention_kernel.h"

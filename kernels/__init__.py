@@ -1,0 +1,1 @@
+"""Triton kernels, one file an op. They import torch and triton only; `anima_fast.dispatch` decides when they run."""
