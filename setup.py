@@ -39,9 +39,7 @@ MSVC = sys.platform == "win32"
 # File-name suffix -> flags. MSVC's /arch:AVX2 includes FMA and F16C.
 ISA_FLAGS = {
     "avx2": ["/arch:AVX2"] if MSVC else ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["/arch:AVX512"]
-    if MSVC
-    else ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+    "avx512": ["/arch:AVX512"] if MSVC else ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
 }
 
 PROBE_BASE = "#include <Python.h>\n#include <optional>\nstd::optional<int> probe() { return 1; }\n"
@@ -74,9 +72,7 @@ class UnixToolchain:
         try:
             version = subprocess.run([*self.command, "--version"], capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise Unavailable(
-                f"the C++ compiler {shlex.join(self.command)!r} does not run ({error})"
-            ) from None
+            raise Unavailable(f"the C++ compiler {shlex.join(self.command)!r} does not run ({error})") from None
         self.name = (version.stdout.splitlines() or [self.command[0]])[0]
         self.env = dict(os.environ)
         cppflags, cxxflags, ldflags, archflags = (
@@ -97,9 +93,7 @@ class UnixToolchain:
         command = shlex.split(os.environ.get("CC", ""))
         if command:
             names = {"gcc": "g++", "clang": "clang++", "cc": "c++"}
-            command[0] = re.sub(
-                r"(?<![a-z])(gcc|clang|cc)(?=(-[\d.]+)?$)", lambda match: names[match[1]], command[0]
-            )
+            command[0] = re.sub(r"(?<![a-z])(gcc|clang|cc)(?=(-[\d.]+)?$)", lambda match: names[match[1]], command[0])
         return command
 
     @staticmethod
@@ -210,9 +204,7 @@ class BuildExtension(build_ext):
 
         python = toolchain.include(sysconfig.get_path("include"), system=True)
         if error := probe(toolchain, PROBE_BASE, python):
-            hint = (
-                " (install the Python headers: python3-dev or python3-devel)" if "Python.h" in error else ""
-            )
+            hint = " (install the Python headers: python3-dev or python3-devel)" if "Python.h" in error else ""
             raise Unavailable(f"{toolchain.name} cannot build a C++17 Python module: {error}{hint}")
         openmp = [] if probe(toolchain, PROBE_OPENMP, toolchain.openmp) else toolchain.openmp
         x86 = probe(toolchain, PROBE_X86, []) is None

@@ -78,7 +78,20 @@ def regional_attention(
         mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     t = plan.tensors
     host = (list(t.segments_host), list(t.plan_index_host), list(t.groups_host))
-    arguments = (q, k, v, t.bias, t.order, t.segments, t.plan_index, *host, scale, plan.combine, mask, backend or "")
+    arguments = (
+        q,
+        k,
+        v,
+        t.bias,
+        t.order,
+        t.segments,
+        t.plan_index,
+        *host,
+        scale,
+        plan.combine,
+        mask,
+        backend or "",
+    )
     lse = None
     if return_lse:
         out, lse = torch.ops.anima_fast.regional_attention_lse(*arguments)
@@ -117,7 +130,12 @@ def _to_bhnd(
 
 
 def _check(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BoundPlan, mask: torch.Tensor | None, return_lse: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: BoundPlan,
+    mask: torch.Tensor | None,
+    return_lse: bool,
 ) -> None:
     """Everything that can be told from shapes and host numbers. Tensors are `[B, H, N, D]`."""
     batch, heads, queries, head_dim = q.shape
@@ -169,10 +187,13 @@ torch.library.define("anima_fast::regional_attention", _ARGUMENTS + " -> Tensor"
 torch.library.define("anima_fast::regional_attention_lse", _ARGUMENTS + " -> (Tensor, Tensor)")
 
 
-def _outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _new_out(q: torch.Tensor) -> torch.Tensor:
     batch, heads, queries, head_dim = q.shape
-    out = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
-    return out, q.new_empty(batch, heads, queries, dtype=torch.float32)
+    return q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
+
+
+def _new_lse(q: torch.Tensor) -> torch.Tensor:
+    return q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _run(
@@ -190,21 +211,20 @@ def _run(
     combine: str,
     mask: torch.Tensor | None,
     backend: str,
+    *,
     lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
     index = tuple(plan_index_host)
     if len(index) != q.shape[0]:
         plan_index, index = _repeated(index[0], q.shape[0], q.device), index * q.shape[0]
-    plan = PlanTensors(
-        bias, order, segments, plan_index, tuple(segments_host), index, tuple(groups_host)
-    )
+    plan = PlanTensors(bias, order, segments, plan_index, tuple(segments_host), index, tuple(groups_host))
     chosen = OP.select(_facts_of(q, mask is not None, combine, lse), backend or None)
-    out, log = _outputs(q)
-    result = log if lse else None
+    out = _new_out(q)
+    log = _new_lse(q) if lse else None
     if q.numel():
-        chosen.load()(q, k, v, out, result, plan, scale=scale, combine=combine, mask=mask)
-    return out, result
+        chosen.load()(q, k, v, out, log, plan, scale=scale, combine=combine, mask=mask)
+    return out, log
 
 
 @functools.lru_cache(maxsize=64)
@@ -227,12 +247,12 @@ def _regional_attention_lse(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor
 
 @torch.library.register_fake("anima_fast::regional_attention")
 def _(q: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return _outputs(q)[0]
+    return _new_out(q)
 
 
 @torch.library.register_fake("anima_fast::regional_attention_lse")
 def _(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return _outputs(q)
+    return _new_out(q), _new_lse(q)
 
 
 def _no_gradient(*_: Any) -> None:
@@ -286,7 +306,7 @@ def _facts(
 
 
 def _cpu_unavailable() -> str | None:
-    from .backends.cpu import unavailable
+    from .ops.cpu import unavailable
 
     return unavailable()
 
@@ -325,7 +345,7 @@ OP = dispatch.register(
         backends=(
             dispatch.Backend(
                 "cpu",
-                "anima_fast.backends.cpu.regional_attention:regional_attention",
+                "anima_fast.ops.cpu.regional_attention:regional_attention",
                 (
                     dispatch.one_of("device", "cpu"),
                     dispatch.one_of("dtype", *_FLOATS),
@@ -347,7 +367,7 @@ OP = dispatch.register(
             ),
             dispatch.Backend(
                 "torch",
-                "anima_fast.backends.torch.regional_attention:regional_attention",
+                "anima_fast.ops.torch.regional_attention:regional_attention",
                 (dispatch.one_of("dtype", *_FLOATS), dispatch.within("head_dim", 1, 256)),
             ),
             dispatch.Backend(

@@ -74,9 +74,7 @@ def load_mask(source: Any, name: str = "mask") -> torch.Tensor:
     while mask.ndim > 2 and mask.shape[0] == 1:
         mask = mask[0]
     if mask.ndim != 2:
-        raise invalid(
-            name, f"shape {list(mask.shape)}", "[H, W], [1, H, W] or [1, 1, H, W]; one mask a region"
-        )
+        raise invalid(name, f"shape {list(mask.shape)}", "[H, W], [1, H, W] or [1, 1, H, W]; one mask a region")
     if mask.numel() == 0:
         raise invalid(name, f"an empty mask of shape {list(mask.shape)}", "at least one pixel")
     if not bool(torch.isfinite(mask).all()):
@@ -119,9 +117,7 @@ def _from_image(image: Any, name: str) -> torch.Tensor:
     from PIL import ImageOps
 
     if image.width * image.height > MAX_MASK_PIXELS:
-        raise invalid(
-            name, f"an image of {image.width} x {image.height} pixels", f"at most {MAX_MASK_PIXELS} pixels"
-        )
+        raise invalid(name, f"an image of {image.width} x {image.height} pixels", f"at most {MAX_MASK_PIXELS} pixels")
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         return torch.from_numpy(np.array(image, dtype=np.float32))

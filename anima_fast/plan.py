@@ -23,6 +23,7 @@ term, `pads="strip"` leaves it out.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -165,9 +166,7 @@ class RegionPlan:
             mode=mode,
             eps=eps,
             strength=_number("strength", strength, *at_least_0),
-            region_strengths=tuple(
-                _number(f"region_strengths[{i}]", s, *at_least_0) for i, s in enumerate(strengths)
-            ),
+            region_strengths=tuple(_number(f"region_strengths[{i}]", s, *at_least_0) for i, s in enumerate(strengths)),
             hard_value=hard_value,
             normalize_overlaps=bool(normalize_overlaps),
             base_always_allowed=bool(base_always_allowed),
@@ -267,14 +266,10 @@ class RegionPlan:
                 start = column + 1
         if not any(end > start for start, end in found):
             raise invalid("template", "no column that any query may attend to", "at least one")
-        bias = torch.stack(
-            [template[:, s] if e > s else template.new_full((queries,), -math.inf) for s, e in found]
-        )
+        bias = torch.stack([template[:, s] if e > s else template.new_full((queries,), -math.inf) for s, e in found])
         return _bound(bias, [(s, e, 0) for s, e in found], "logit", _grid("grid", grid or (1, 1, queries), queries))
 
-    def token_weights(
-        self, grid: tuple[int, int, int], canvas: tuple[float, float] | None = None
-    ) -> torch.Tensor:
+    def token_weights(self, grid: tuple[int, int, int], canvas: tuple[float, float] | None = None) -> torch.Tensor:
         """w_r on the token grid, float64 `[R, Ht, Wt]`: resampled, and normalised if the plan says so."""
         _, height, width = _grid("grid", grid)
         canvas = _canvas(canvas, height, width)
@@ -308,9 +303,7 @@ class RegionPlan:
         frames, height, width = _grid("grid", grid)
         weights = self.token_weights(grid, canvas).flatten(1)
         rows = self._blend_weights(weights) if self.combine == "blend" else self._bias(weights)
-        bound = _bound(
-            rows.float().repeat(1, frames), self._segments(), self.combine, (frames, height, width)
-        )
+        bound = _bound(rows.float().repeat(1, frames), self._segments(), self.combine, (frames, height, width))
         return bound.to(device)
 
     def crop(self, tile: Sequence[float]) -> RegionPlan:
@@ -524,8 +517,13 @@ class BoundPlan:
     def to(self, device: torch.device | str) -> BoundPlan:
         """The plan with its tensors on `device`."""
         t = self.tensors
-        moved = [x.to(device) for x in (t.bias, t.order, t.segments, t.plan_index)]
-        return dataclasses.replace(self, tensors=PlanTensors(*moved, *t[4:]))
+        moved = t._replace(
+            bias=t.bias.to(device),
+            order=t.order.to(device),
+            segments=t.segments.to(device),
+            plan_index=t.plan_index.to(device),
+        )
+        return dataclasses.replace(self, tensors=moved)
 
     def estimate_bytes(
         self,
@@ -577,7 +575,7 @@ class BoundPlan:
                 raise KeyError("bias")
             plans = []
             for p in range(count):
-                segments = [tuple(int(x) for x in s) for s in flat[p * size : (p + 1) * size]]
+                segments = [(int(a), int(b), int(c)) for a, b, c in flat[p * size : (p + 1) * size]]
                 _check_segments(segments, [f"segments[{i}]" for i in range(size)])
                 rows = bias[p] if bias.shape[2] else bias.new_zeros(size, math.prod(grid))
                 plans.append(_bound(rows, segments, fields["combine"], grid))
@@ -742,11 +740,15 @@ def _check_segments(segments: Sequence[tuple[int, ...]], names: Sequence[str]) -
         if not 0 <= start <= end or pads < 0:
             raise invalid(names[i], f"({start}, {end}) with {pads} pads", "0 <= start <= end, pads >= 0")
     spans = sorted((start, end, name) for (start, end, _), name in zip(segments, names, strict=False) if end > start)
-    for (s0, e0, first), (s1, e1, second) in zip(spans, spans[1:], strict=False):
+    for (s0, e0, first), (s1, e1, second) in itertools.pairwise(spans):
         if s1 < e0:
             raise invalid(second, f"[{s1}, {e1}), which overlaps {first} = [{s0}, {e0})", "disjoint ranges")
     if not any(end > start or pads for start, end, pads in segments):
-        raise invalid(names[0] if names else "ranges", "no tokens and no pads in any segment", "a context that is not empty")
+        raise invalid(
+            names[0] if names else "ranges",
+            "no tokens and no pads in any segment",
+            "a context that is not empty",
+        )
 
 
 def _per_region(name: str, values: Sequence[Any] | None, count: int, default: Any) -> list[Any]:

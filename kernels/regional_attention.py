@@ -203,9 +203,9 @@ _TABLE: dict[tuple[str, int, int], dict[int, Config]] = {
     ("logit", 256, 2): {0: Config(64, 32, 8, 2), 90: Config(128, 16, 8, 3)},
     ("blend", 16, 2): {0: Config(64, 32, 4, 3)},
     ("blend", 32, 2): {0: Config(64, 32, 4, 3)},
-    ("blend", 64, 2): {0: Config(64, 32, 4, 3)},
+    ("blend", 64, 2): {0: Config(64, 32, 4, 3), 120: Config(128, 32, 8, 3)},
     ("blend", 128, 2): {0: Config(64, 64, 8, 2), 90: Config(128, 32, 8, 3), 100: Config(128, 32, 8, 3)},
-    ("blend", 256, 2): {0: Config(32, 32, 8, 2)},
+    ("blend", 256, 2): {0: Config(32, 64, 8, 2)},
     ("logit", 16, 4): {0: Config(64, 32, 4, 2)},
     ("logit", 32, 4): {0: Config(64, 32, 4, 2)},
     ("logit", 64, 4): {0: Config(64, 32, 8, 2)},
@@ -261,9 +261,7 @@ def find_config(combine: str, dtype: torch.dtype, head_dim: int, capability: tup
     return column.get(table_arch(capability), column.get(0))
 
 
-def supports(
-    dtype: torch.dtype, head_dim: int, combine: str, capability: tuple[int, int] | None = None
-) -> str | None:
+def supports(dtype: torch.dtype, head_dim: int, combine: str, capability: tuple[int, int] | None = None) -> str | None:
     """None if the kernel can serve the call, else the reason it cannot. `capability` None means the interpreter."""
     if dtype not in DTYPES:
         return f"takes float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
@@ -280,6 +278,26 @@ def supports(
             f"fits the registers of compute capability {major}.{minor}"
         )
     return None
+
+
+def constants(combine: str, dtype: torch.dtype, head_dim: int, variant: Variant, config: Config) -> dict:
+    """What a launch fixes at compile time: the kernel's constants and the compiler's options."""
+    return {
+        "BLEND": combine == "blend",
+        "HAS_BIAS": variant.has_bias,
+        "HAS_ORDER": variant.has_order,
+        "HAS_LSE": variant.has_lse,
+        # tl.dot of the interpreter multiplies the bit patterns of bfloat16.
+        "UPCAST": INTERPRETED and dtype == torch.bfloat16,
+        "D": head_dim,
+        "BLOCK_D": block_d(head_dim),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        # Stated because the default changes with the version of Triton; the bias is free only inside an FMA.
+        "enable_fp_fusion": True,
+    }
 
 
 def _qk_scale(scale: float) -> float:
@@ -303,6 +321,7 @@ def regional_attention(q, k, v, out, lse, plan, *, scale, combine, mask) -> None
     B, H, Nq, D = q.shape
     capability = _device_capability(q.device) if q.is_cuda else INTERPRETER_CAPABILITY
     config = find_config(combine, q.dtype, D, capability)
+    variant = Variant(plan.bias.shape[-1] > 0, plan.order.shape[-1] > 0, lse is not None)
     grid = (triton.cdiv(Nq, config.block_m) * B * H,)
     with torch.cuda.device_of(q):
         _regional_attention_kernel[grid](
@@ -324,27 +343,8 @@ def regional_attention(q, k, v, out, lse, plan, *, scale, combine, mask) -> None
             *_strides(k),
             *_strides(v),
             *_strides(out),
-            BLEND=combine == "blend",
-            HAS_BIAS=plan.bias.shape[-1] > 0,
-            HAS_ORDER=plan.order.shape[-1] > 0,
-            HAS_LSE=lse is not None,
-            **_constants(config, q.dtype, D),
+            **constants(combine, q.dtype, D, variant, config),
         )
-
-
-def _constants(config: Config, dtype: torch.dtype, head_dim: int) -> dict:
-    return {
-        # tl.dot of the interpreter multiplies the bit patterns of bfloat16.
-        "UPCAST": INTERPRETED and dtype == torch.bfloat16,
-        "D": head_dim,
-        "BLOCK_D": block_d(head_dim),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        # Stated because the default changes with the version of Triton; the bias is free only inside an FMA.
-        "enable_fp_fusion": True,
-    }
 
 
 class Shipped(NamedTuple):
@@ -388,11 +388,7 @@ def warmup(device, dtype: torch.dtype, head_dim: int, combine: str, *, num_heads
                 1.0,
                 *[2] * 4,
                 *strides * 4,
-                BLEND=combine == "blend",
-                HAS_BIAS=variant.has_bias,
-                HAS_ORDER=variant.has_order,
-                HAS_LSE=variant.has_lse,
-                **_constants(config, dtype, head_dim),
+                **constants(combine, dtype, head_dim, variant, config),
                 grid=(1,),
             )
     return len(VARIANTS[combine])

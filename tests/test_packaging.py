@@ -92,9 +92,7 @@ def tree(tmp_path_factory):
     for module in ("build", "ninja", "pybind11"):
         pytest.importorskip(module)
     copy = tmp_path_factory.mktemp("packaging") / "tree"
-    ignored = shutil.ignore_patterns(
-        ".*", "build", "dist", "*.egg-info", "__pycache__", "_build.json", "_C.*"
-    )
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "_build.json", "_C.*")
     shutil.copytree(ROOT, copy, ignore=ignored)
     return copy
 
@@ -167,15 +165,11 @@ def test_wide_instructions_cannot_reach_a_machine_without_them(wheel, tree):
     executes it and dies of an illegal instruction on a machine without AVX-512. Hence: what the per-ISA files
     define is in a namespace of its own instruction set, or static.
     """
-    objects = [
-        file for file in (tree / "build").rglob("*.o") if re.search(r"_(avx2|avx512)\.cpp\.o$", file.name)
-    ]
+    objects = [file for file in (tree / "build").rglob("*.o") if re.search(r"_(avx2|avx512)\.cpp\.o$", file.name)]
     if not objects:
         pytest.skip("no per-instruction-set files on this machine")
     symbols = {
-        file: set(
-            re.findall(r"^[0-9a-f]+ [VWu] (.+)$", run("nm", "-C", "--defined-only", file, cwd=tree), re.M)
-        )
+        file: set(re.findall(r"^[0-9a-f]+ [VWu] (.+)$", run("nm", "-C", "--defined-only", file, cwd=tree), re.M))
         for file in (tree / "build").rglob("*.o")
     }
     for file in objects:

@@ -130,7 +130,9 @@ class Case:
             weight = values.exp()
             values = weight / weight.sum(1, keepdim=True)
         biased = bias != "none" or combine == "blend"
-        self.bias = guarded_flat((P, S, Nq if biased else 0), NAN, torch.float32).copy_(values[..., : Nq if biased else 0])
+        self.bias = guarded_flat((P, S, Nq if biased else 0), NAN, torch.float32).copy_(
+            values[..., : Nq if biased else 0]
+        )
         # A leaked guard of the order sends the kernel to the NaN row after the last.
         self.order = guarded_flat((P, Nq if order else 0), Nq, torch.int32)
         if order:
@@ -141,9 +143,7 @@ class Case:
 
     @property
     def plan(self):
-        return SimpleNamespace(
-            bias=self.bias, order=self.order, segments=self.segments, plan_index=self.plan_index
-        )
+        return SimpleNamespace(bias=self.bias, order=self.order, segments=self.segments, plan_index=self.plan_index)
 
     def run(self):
         kernel.regional_attention(
@@ -192,7 +192,9 @@ def table_rows():
         if dtype != torch.bfloat16:
             rows.setdefault((combine, dtype, width, config), divmod(arch, 10))
     names = ("-".join(map(str, (combine, dtype, width, *config))) for combine, dtype, width, config in rows)
-    return [pytest.param(*row, capability, id=name) for (row, capability), name in zip(rows.items(), names, strict=True)]
+    return [
+        pytest.param(*row, capability, id=name) for (row, capability), name in zip(rows.items(), names, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(("combine", "dtype", "D", "config", "capability"), table_rows())
@@ -366,7 +368,16 @@ def test_reasons():
 
 
 def test_unknown_cards_use_the_nearest_checked_ones():
-    expected = {(8, 0): 80, (8, 7): 80, (8, 6): 86, (8, 9): 86, (9, 0): 90, (10, 0): 100, (10, 3): 100, (11, 0): 100}
+    expected = {
+        (8, 0): 80,
+        (8, 7): 80,
+        (8, 6): 86,
+        (8, 9): 86,
+        (9, 0): 90,
+        (10, 0): 100,
+        (10, 3): 100,
+        (11, 0): 100,
+    }
     expected |= {(12, 0): 120, (12, 1): 120, (13, 0): 120}
     assert {capability: kernel.table_arch(capability) for capability in expected} == expected
 

@@ -57,6 +57,13 @@ def regional_attention(
             )
 
 
+def workspace_bytes(q: torch.Tensor, plan: PlanTensors, *, combine: str) -> int:
+    """Bytes of temporaries of a call: scores, logits, their concatenation and two of softmax, all [H, Nq, n]."""
+    size = plan.segments.shape[1]
+    keys = max(end for end in plan.segments_host[1::3]) + size
+    return 5 * q.shape[1] * q.shape[2] * keys * q.element_size()
+
+
 def _softmax(logits: torch.Tensor) -> torch.Tensor:
     """Softmax whose empty rows (-inf throughout) are 0 instead of NaN."""
     empty = (logits == -torch.inf).all(dim=-1, keepdim=True)

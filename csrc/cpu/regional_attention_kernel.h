@@ -205,10 +205,10 @@ struct Kernel {
         for (int64_t r = 1; r < n; ++r) top = max(top, load(column + r * kQueries));
         const Vec shift = b ? load(b + lane) : set1(0.0f);
         const Vec before = load(m + lane), after = max(before, top + shift);
-        const Vec offset = shift - after;
         Vec sum = set1(0.0f);
         for (int64_t r = 0; r < n; ++r) {
-          const Vec p = exp_nonpositive(load(column + r * kQueries) + offset);
+          // In this order: a bias of -1e30 swallows the score, and shift - after would bring it back.
+          const Vec p = exp_nonpositive(load(column + r * kQueries) + shift - after);
           sum = sum + p;
           store(column + r * kQueries, p);
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 from pathlib import Path
 from types import ModuleType
@@ -11,11 +12,8 @@ from types import ModuleType
 @functools.cache
 def extension() -> ModuleType:
     """`anima_fast._C`. torch is imported first, so that both share one OpenMP runtime."""
-    import torch  # noqa: F401
-
-    from ... import _C
-
-    return _C
+    importlib.import_module("torch")
+    return importlib.import_module("anima_fast._C")
 
 
 @functools.cache
@@ -23,12 +21,11 @@ def unavailable() -> str | None:
     """Why the extension is not there, or None."""
     try:
         extension()
+    except ModuleNotFoundError:
+        reason = build_info().get("reason") or "it was not built"
+        return f"the C++ extension is not installed ({reason}); install a C++17 compiler and reinstall anima-fast"
     except ImportError as error:
-        reason = build_info().get("reason") or error
-        return (
-            f"the C++ extension is not installed ({reason}); "
-            "install a C++17 compiler and reinstall anima-fast"
-        )
+        return f"the C++ extension does not load ({error}); reinstall anima-fast"
     return None
 
 

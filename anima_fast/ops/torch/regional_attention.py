@@ -161,9 +161,7 @@ def _attend_sdpa(
     out.copy_(attention(q[None], keys[None], part.values[None], attn_mask=mask, scale=scale)[0])
 
 
-def _add_mask(
-    mask: torch.Tensor, bias: torch.Tensor | None, part: _Folded
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _add_mask(mask: torch.Tensor, bias: torch.Tensor | None, part: _Folded) -> tuple[torch.Tensor, torch.Tensor]:
     """The bias [H or nothing, C, n] with the extra mask [H, C, Nk] of the keys, and which rows it empties.
 
     Emptied rows get bias 0, so that nothing is NaN; the caller zeroes their result."""
@@ -188,7 +186,11 @@ def _fold(
 ) -> _Folded:
     """K and V of some segments, `[Hk, Nk, D]`, each segment's pads as one zero key."""
     zero = k.new_zeros(1, 1, 1)
-    keys, values, rows, owner, sinks = [], [], [], [], []
+    keys: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
+    rows: list[int] = []
+    owner: list[int] = []
+    sinks: list[tuple[int, float]] = []
     for position, s in enumerate(segments):
         start, end, pads = numbers[3 * s : 3 * s + 3]
         keys.append(k[:, start:end])

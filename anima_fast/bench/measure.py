@@ -1,0 +1,250 @@
+"""Measuring contenders on a case: first correct, then fast.
+
+Each contender is prepared, called once (cold: loading and compiling included) and its result held to the error rule
+
+    max|out - oracle64| <= 2 max|reference - oracle64| + 2 eps max|oracle64| + eps max|score| max|v|
+
+where the oracle is the `reference` backend in fp64 on the *padded* problem, in which pads are ordinary rows: folding
+them is checked too. What fails is not timed. The others are timed in rounds, one call of each a round, so that all of
+them meet the same machine; the figure is the median of the rounds. Each call allocates its output anew.
+
+Peak extra memory is what a contender keeps between calls (masks, plans) plus the peak of torch's allocator during a
+call, less the output. On a CPU the peak comes from the profiler's record of every allocation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import gc
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ..plan import PlanTensors
+from ..reference.regional_attention import regional_attention as reference_attention
+from .cases import Case, Problem
+from .machine import describe
+from .peers import Contender, Prepared
+
+__all__ = ["FORMAT", "Oracle", "Result", "measure_case", "peak_bytes", "report"]
+
+FORMAT = "anima_fast.bench.attention/1"
+
+# Scores that the oracle forms, heads x queries x keys: a second or so in fp64. More queries than that are sampled.
+_ORACLE_SCORES = 2**27
+
+Progress = Callable[[str], None]
+
+
+@dataclasses.dataclass
+class Result:
+    """What came of one contender. Times in milliseconds; None where it did not come to that."""
+
+    name: str
+    kind: str
+    summary: str
+    status: str  # "measured" | "gate failed" | "not executed"
+    reason: str | None = None
+    error: float | None = None
+    bound: float | None = None
+    cold_ms: float | None = None
+    samples_ms: list[float] = dataclasses.field(default_factory=list)
+    peak_bytes: int | None = None
+    held_bytes: int | None = None
+
+    @property
+    def median_ms(self) -> float | None:
+        return statistics.median(self.samples_ms) if self.samples_ms else None
+
+    @property
+    def extra_bytes(self) -> int | None:
+        """Memory beyond q, k, v and the output."""
+        if self.peak_bytes is None or self.held_bytes is None:
+            return None
+        return self.peak_bytes + self.held_bytes
+
+    def as_dict(self, case: Case) -> dict[str, Any]:
+        extra = self.extra_bytes
+        return {
+            **dataclasses.asdict(self),
+            "median_ms": self.median_ms,
+            "extra_bytes": extra,
+            "share_of_padded_mask": None if extra is None else extra / case.padded_mask_bytes,
+        }
+
+
+class Oracle:
+    """The fp64 result of a problem for some heads and queries, and the error it allows."""
+
+    def __init__(self, problem: Problem) -> None:
+        q, k, v = problem.q, problem.k, problem.v
+        heads = sorted({0, q.shape[1] - 1})
+        step = -(-len(heads) * q.shape[2] * k.shape[2] // _ORACLE_SCORES)
+        queries = torch.arange(0, q.shape[2], step, device=q.device)
+        self.heads = torch.tensor(heads, device=q.device)
+        self.queries = torch.cat([queries, queries.new_tensor([q.shape[2] - 1])]).unique()
+        self.expected = self._attend(problem, torch.float64)
+        same = self._attend(problem, q.dtype).double()
+        scores = q[:, self.heads][:, :, self.queries[:256]].double() @ k[:, self.heads].double().transpose(2, 3)
+        largest = float(scores.abs().max()) * q.shape[3] ** -0.5 * float(v.abs().max())
+        eps = torch.finfo(q.dtype).eps
+        lost = float((same - self.expected).abs().max())
+        self.bound = 2 * lost + 2 * eps * float(self.expected.abs().max()) + eps * largest
+
+    def _attend(self, problem: Problem, dtype: torch.dtype) -> torch.Tensor:
+        t, case = problem.plan.tensors, problem.case
+        segments = [x for s in range(case.prompts) for x in (s * case.pad_to, (s + 1) * case.pad_to, 0)]
+        k, v = (x[:, self.heads].to(dtype) for x in (problem.k, problem.v))
+        parts = []
+        for rows in self.queries.split(1024):
+            plan = PlanTensors(
+                bias=t.bias[:, :, rows] if t.bias.shape[2] else t.bias,
+                order=t.order[:, :0],
+                segments=torch.tensor(segments, dtype=torch.int32).view(1, -1, 3),
+                plan_index=t.plan_index,
+                segments_host=tuple(segments),
+                plan_index_host=(0,),
+                groups_host=(),
+            )
+            q = problem.q[:, self.heads][:, :, rows].to(dtype)
+            out = torch.empty_like(q)
+            scale = q.shape[3] ** -0.5
+            reference_attention(q, k, v, out, None, plan, scale=scale, combine=problem.plan.combine, mask=None)
+            parts.append(out)
+        return torch.cat(parts, dim=2)
+
+    def check(self, out: torch.Tensor, problem: Problem, nrmse: float | None) -> tuple[float, float, str | None]:
+        """The error of a result, what is allowed, and what is wrong with it, if anything."""
+        if out.shape != problem.q.shape or out.dtype != problem.q.dtype:
+            got, want = f"{out.dtype} {list(out.shape)}", f"{problem.q.dtype} {list(problem.q.shape)}"
+            return float("inf"), self.bound, f"gave {got} instead of {want}"
+        difference = out[:, self.heads][:, :, self.queries].double() - self.expected
+        if nrmse is None:
+            error, bound = float(difference.abs().max()), self.bound
+        else:
+            error, bound = float(difference.norm() / self.expected.norm()), nrmse
+        if not bool(torch.isfinite(out).all()):
+            return float("nan"), bound, "gave values that are not finite"
+        return error, bound, None if error <= bound else f"error {error:.3g} exceeds {bound:.3g}"
+
+
+def measure_case(
+    case: Case, contenders: Sequence[Contender], rounds: int, progress: Progress = lambda what: None
+) -> list[Result]:
+    """Check and time the contenders that compute this case's mode; `progress` hears of each step."""
+    problem = case.build()
+    oracles: dict[bool, Oracle] = {}
+    results: list[Result] = []
+    running: list[tuple[Result, Prepared]] = []
+    with _fresh_compiler_cache(), torch.no_grad():
+        for contender in contenders:
+            if case.mode not in contender.modes:
+                continue
+            progress(f"checking {contender.name}")
+            result = Result(contender.name, contender.kind, contender.summary, "not executed")
+            results.append(result)
+            result.reason = contender.needs(problem)
+            if result.reason is not None:
+                continue
+            if contender.regional not in oracles:
+                oracles[contender.regional] = Oracle(problem if contender.regional else problem.plain)
+            gc.collect()
+            prepared = contender.prepare(problem)
+            result.cold_ms, out = _timed(prepared.call, problem.q.device)
+            checked = oracles[contender.regional].check(out, problem, contender.nrmse)
+            result.error, result.bound, result.reason = checked
+            if result.reason is not None:
+                result.status = "gate failed"
+                continue
+            result.held_bytes = prepared.held
+            del out
+            result.peak_bytes = peak_bytes(prepared.call, problem.q.device)
+            result.status = "measured"
+            running.append((result, prepared))
+        for number in range(rounds):
+            first = number % max(1, len(running))  # a different one each round follows the pause between rounds
+            for result, prepared in running[first:] + running[:first]:
+                progress(f"round {number + 1}: {result.name}")
+                result.samples_ms.append(_timed(prepared.call, problem.q.device)[0])
+    return results
+
+
+def report(cases: Sequence[tuple[Case, list[Result]]], rounds: int) -> dict[str, Any]:
+    """Everything that was measured, and on what, as plain data."""
+    return {
+        "format": FORMAT,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": describe(),
+        "rounds": rounds,
+        "cases": [
+            {
+                **dataclasses.asdict(case),
+                "regions": case.region_count,
+                "queries": case.queries,
+                "prompts": case.prompts,
+                "padded_mask_bytes": case.padded_mask_bytes,
+                "results": [result.as_dict(case) for result in results],
+            }
+            for case, results in cases
+        ],
+    }
+
+
+def _timed(call: Callable[[], torch.Tensor], device: torch.device) -> tuple[float, torch.Tensor]:
+    """Milliseconds of one call, and its result: the caller frees it, outside the time."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    out = call()
+    synchronize()
+    return 1e3 * (time.perf_counter() - start), out
+
+
+def peak_bytes(call: Callable[[], torch.Tensor], device: torch.device) -> int:
+    """Peak of torch's allocator during a call, beyond what was there before and the call's result.
+
+    On a CPU, memory that a library takes from the system itself (MKL's packing buffers) is not seen.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        out = call()
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device) - before
+    else:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # some builds announce every start and stop on stderr
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as profiler:
+            out = call()
+        # The averaged views of the profiler fold allocations into the ops that made them and lose their order.
+        assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+        events = profiler.profiler.kineto_results.events()
+        live = peak = 0
+        for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+            live += event.nbytes()
+            peak = max(peak, live)
+    return max(0, peak - out.numel() * out.element_size())
+
+
+@contextlib.contextmanager
+def _fresh_compiler_cache() -> Iterator[None]:
+    """An empty cache for torch.compile, so that a cold call is cold on its second run too."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(name)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
+        os.environ[name] = directory
+        try:
+            yield
+        finally:
+            os.environ.pop(name)
+            if before is not None:
+                os.environ[name] = before
