@@ -255,13 +255,17 @@ def table_arch(capability: tuple[int, int]) -> int:
     return {9: 90, 10: 100, 11: 100}.get(major, 120)
 
 
-def find_config(combine: str, dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> Config | None:
+def find_config(
+    combine: str, dtype: torch.dtype, head_dim: int, capability: tuple[int, int]
+) -> Config | None:
     """The launch configuration of a call, or None where the table has none."""
     column = _TABLE.get((combine, block_d(head_dim), dtype.itemsize), {})
     return column.get(table_arch(capability), column.get(0))
 
 
-def supports(dtype: torch.dtype, head_dim: int, combine: str, capability: tuple[int, int] | None = None) -> str | None:
+def supports(
+    dtype: torch.dtype, head_dim: int, combine: str, capability: tuple[int, int] | None = None
+) -> str | None:
     """None if the kernel can serve the call, else the reason it cannot. `capability` None means the interpreter."""
     if dtype not in DTYPES:
         return f"takes float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
@@ -360,7 +364,9 @@ class Shipped(NamedTuple):
 
 def shipped() -> Iterator[Shipped]:
     """Every compilation of the table, on every architecture it is checked for."""
-    for arch, combine, dtype, width in itertools.product(CHECKED_ARCHS, COMBINES, DTYPES, (16, 32, 64, 128, 256)):
+    for arch, combine, dtype, width in itertools.product(
+        CHECKED_ARCHS, COMBINES, DTYPES, (16, 32, 64, 128, 256)
+    ):
         config = find_config(combine, dtype, width, divmod(arch, 10))
         if config is not None:
             for variant in VARIANTS[combine]:

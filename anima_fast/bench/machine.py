@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..backends.cpu import build_info, extension, unavailable
+from ..ops.cpu import build_info, extension, unavailable
 
 __all__ = ["commit", "describe"]
 
@@ -27,7 +27,7 @@ def describe() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton") or _version("triton-windows"),
         "python": platform.python_version(),
-        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "os": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

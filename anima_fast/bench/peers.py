@@ -190,6 +190,7 @@ def flex(problem: Problem) -> Prepared:
     are captured tensors, so new masks do not recompile; each case compiles anew, for exactly its shapes, and pays the
     whole compilation in its cold call.
     """
+    from torch._inductor.utils import clear_inductor_caches
     from torch.nn.attention.flex_attention import flex_attention
 
     case = problem.case
@@ -202,6 +203,7 @@ def flex(problem: Problem) -> Prepared:
         return score + bias[prompt[j], i]
 
     torch._dynamo.reset()
+    clear_inductor_caches()  # else the code of another case would be found again, and its cold call warm
     compiled = torch.compile(flex_attention, dynamic=False)
     return Prepared(lambda: compiled(problem.q, problem.k, problem.v, score_mod=score_mod), _bytes(bias, prompt))
 

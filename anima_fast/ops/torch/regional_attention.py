@@ -45,7 +45,7 @@ class _Group(NamedTuple):
 class _Folded(NamedTuple):
     """The keys of some segments, each followed by one zero key for its pads.
 
-    keys [H, D, n]; values [H, n, D]; rows: which rows of k they are (-1: pads); owner [n]: position of their segment;
+    keys [H, D, n]; values [H, n, D]; rows: which rows of k they are (-1: pads); owner [n]: their segment;
     sink [n]: log P at the pads, else 0; sinks: the same as (column, log P).
     """
 
@@ -94,7 +94,7 @@ def regional_attention(
                 for i, (segments, part) in enumerate(zip(parts, folded, strict=True)):
                     added = None
                     if combine == "logit" and bias is not None and not group.flat:
-                        added = bias[:, where][list(segments)].T[:, part.owner] + part.sink
+                        added = bias[:, where].T[:, part.owner] + part.sink
                     empty = None
                     if mask is not None:
                         added, empty = _add_mask(mask[row][:, where], added, part)
@@ -185,32 +185,39 @@ def _fold(
     dtype: torch.dtype,
 ) -> _Folded:
     """K and V of some segments, `[Hk, Nk, D]`, each segment's pads as one zero key."""
-    zero = k.new_zeros(1, 1, 1)
+    zero = k.new_zeros(1, 1, 1).expand(k.shape[0], 1, k.shape[2])
     keys: list[torch.Tensor] = []
     values: list[torch.Tensor] = []
+    for s in segments:
+        start, end, pads = numbers[3 * s : 3 * s + 3]
+        keys += [k[:, start:end], zero] if pads else [k[:, start:end]]
+        values += [v[:, start:end], zero] if pads else [v[:, start:end]]
+    key, value = torch.cat(keys, dim=1).to(dtype), torch.cat(values, dim=1).to(dtype)
+    group = heads // k.shape[0]
+    if group > 1:
+        key, value = key.repeat_interleave(group, dim=0), value.repeat_interleave(group, dim=0)
+    return _Folded(key.transpose(1, 2), value, *_columns(segments, numbers, k.device))
+
+
+@functools.lru_cache(maxsize=256)
+def _columns(
+    segments: tuple[int, ...], numbers: tuple[int, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[tuple[int, float], ...]]:
+    """The rows, owner, sink and sinks of `_Folded`; kept, so that a call copies nothing to the device."""
     rows: list[int] = []
     owner: list[int] = []
     sinks: list[tuple[int, float]] = []
-    for position, s in enumerate(segments):
+    for s in segments:
         start, end, pads = numbers[3 * s : 3 * s + 3]
-        keys.append(k[:, start:end])
-        values.append(v[:, start:end])
         rows += range(start, end)
         if pads:
-            keys.append(zero.expand(k.shape[0], 1, k.shape[2]))
-            values.append(zero.expand(k.shape[0], 1, k.shape[2]))
             sinks.append((len(rows), math.log(pads)))
             rows.append(-1)
-        owner += [position] * (len(rows) - len(owner))
+        owner += [s] * (len(rows) - len(owner))
     sink = torch.zeros(len(rows))
     for column, log_pads in sinks:
         sink[column] = log_pads
-    group = heads // k.shape[0]
-    key, value = torch.cat(keys, dim=1).to(dtype), torch.cat(values, dim=1).to(dtype)
-    if group > 1:
-        key, value = key.repeat_interleave(group, dim=0), value.repeat_interleave(group, dim=0)
-    host = (torch.tensor(rows), torch.tensor(owner), sink)
-    return _Folded(key.transpose(1, 2), value, *(x.to(k.device, non_blocking=True) for x in host), tuple(sinks))
+    return torch.tensor(rows, device=device), torch.tensor(owner, device=device), sink.to(device), tuple(sinks)
 
 
 def _write(to: torch.Tensor, where: slice | torch.Tensor, what: torch.Tensor | None) -> None:

@@ -1,0 +1,158 @@
+"""The command `anima-fast`: what its subcommands accept. What they do is in `commands/`, imported when one runs.
+
+Exit codes: 0 done (warnings included), 1 a problem was found, 2 bad input (one line on stderr). With --json, stdout
+holds one JSON document and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from . import __version__
+from .bench.cases import DTYPES, LAYOUTS, MODES
+from .errors import NoBackendError
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code is returned (argparse exits by itself on --help and bad options)."""
+    options = _parser().parse_args(argv)
+    command = importlib.import_module(f".commands.{options.command}", __package__)
+    try:
+        return int(command.run(options))
+    except (ValueError, TypeError, OSError, NoBackendError) as error:
+        text = " ".join(str(error).split())
+        print(f"anima-fast {options.command}: error: {text}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"anima-fast {options.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a bad option, without the usage that would bury it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _size(text: str) -> tuple[int, int]:
+    from .commands.regions import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"got {number}; allowed: a whole number >= 1")
+    return number
+
+
+_count.__name__ = "whole number"  # what argparse calls it in errors
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="anima-fast",
+        description="Regional attention for the Anima image model, exact and fast.",
+        epilog="example: anima-fast info",
+    )
+    parser.add_argument("--version", action="version", version=f"anima-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, summary: str, examples: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    info = command(
+        "info",
+        "versions, devices, and each backend: usable, or the reason it is not",
+        "example:\n  anima-fast info\n  anima-fast info --json",
+    )
+    _add_json(info)
+
+    regions = command(
+        "regions",
+        "pictures and figures of how masks land on the model's tokens, and the plan as a file",
+        "examples:\n"
+        "  anima-fast regions examples/portrait.json --out preview\n"
+        "  anima-fast regions left.png right.png --size 832x1216 --out preview\n\n"
+        "The region file's format is described in anima_fast/commands/regions.py and by examples/*.json.",
+    )
+    regions.add_argument("files", nargs="+", metavar="FILE", help="one region file (.json), or one mask image a region")
+    regions.add_argument(
+        "--size", type=_size, metavar="WxH", help="picture size in pixels (default: the file's; the first mask's)"
+    )
+    regions.add_argument("--out", metavar="DIR", default="regions", help="where the pictures go (default: %(default)s)")
+    _add_json(regions)
+
+    bench = command(
+        "bench",
+        "measure every backend and every peer that is installed, each checked against fp64 before it is timed",
+        "examples:\n"
+        "  anima-fast bench attention\n"
+        "  anima-fast bench attention --mode all --size 1024x1024 --size 2048x2048 --json out.json --plot out.png\n"
+        "  anima-fast bench attention --backends cpu torch --peers stock --mode hard --layout halves",
+    )
+    bench.add_argument("op", choices=("attention",), help="what to measure")
+    bench.add_argument(
+        "--size", type=_size, action="append", metavar="WxH", help="picture size; repeatable (default: 1024x1024)"
+    )
+    bench.add_argument(
+        "--mode", choices=(*MODES, "all"), default="soft_log", help="what to compute (default: %(default)s)"
+    )
+    bench.add_argument("--layout", choices=tuple(LAYOUTS), default="quadrants", help="default: %(default)s")
+    bench.add_argument("--regions", type=_count, metavar="N", help="circles: how many (default: 8)")
+    bench.add_argument("--tokens", type=_count, default=77, metavar="N", help="tokens a prompt (default: %(default)s)")
+    bench.add_argument(
+        "--pad-to", type=_count, default=512, metavar="N", help="rows a padded prompt has (default: %(default)s)"
+    )
+    bench.add_argument("--heads", type=_count, default=16, metavar="H", help="default: %(default)s")
+    bench.add_argument("--head-dim", type=_count, default=128, metavar="D", help="default: %(default)s")
+    bench.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="default: %(default)s")
+    bench.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: %(default)s)")
+    bench.add_argument("--rounds", type=_count, default=10, metavar="N", help="timed calls of each (default: %(default)s)")
+    bench.add_argument(
+        "--backends", nargs="*", metavar="NAME", help="only these (default: all but reference, which is the oracle)"
+    )
+    bench.add_argument("--peers", nargs="*", metavar="NAME", help="only these, or none if empty (default: all)")
+    bench.add_argument(
+        "--json", nargs="?", const="-", metavar="F", help="write all samples to F; without F to stdout, and no table"
+    )
+    bench.add_argument("--plot", metavar="F.png", help="draw times and memory (needs matplotlib)")
+
+    warmup = command(
+        "warmup",
+        "compile the Triton kernels that a model will need, so that its first call does not wait",
+        "example:\n  anima-fast warmup --dtype bf16 fp16",
+    )
+    warmup.add_argument(
+        "--dtype", nargs="+", choices=tuple(DTYPES), default=["bf16", "fp16"], help="default: bf16 fp16"
+    )
+    warmup.add_argument("--heads", type=_count, default=16, metavar="H", help="default: %(default)s, as Anima")
+    warmup.add_argument("--head-dim", type=_count, default=128, metavar="D", help="default: %(default)s, as Anima")
+    warmup.add_argument("--device", default="cuda", help="cuda, cuda:1 … (default: %(default)s)")
+    _add_json(warmup)
+    return parser
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout and nothing else")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

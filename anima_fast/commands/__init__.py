@@ -1,0 +1,1 @@
+"""What the commands of `anima-fast` do, one file a command. Each has `run(options) -> exit code`."""

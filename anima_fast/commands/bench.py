@@ -1,0 +1,216 @@
+"""`anima-fast bench attention`: every backend and every peer on the same problems, as a table, JSON and a plot."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..bench.cases import MODES, Case
+from ..bench.measure import Result, measure_case, report
+from ..bench.peers import Contender, backends, peers
+from ..errors import invalid
+from ..files import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["draw", "run", "table"]
+
+# The oracle itself is timed only if it is named: it materialises every score.
+_NOT_BY_DEFAULT = ("reference",)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit code 1 if a contender failed the gate."""
+    contenders = [
+        *_chosen("--backends", backends(), options.backends, _NOT_BY_DEFAULT),
+        *_chosen("--peers", peers(), options.peers, ()),
+    ]
+    if not contenders:
+        raise invalid("--backends, --peers", "nothing to measure", "at least one name")
+    cases = [
+        Case(
+            mode=mode,
+            width=width,
+            height=height,
+            layout=options.layout,
+            regions=options.regions,
+            tokens=options.tokens,
+            pad_to=options.pad_to,
+            heads=options.heads,
+            head_dim=options.head_dim,
+            dtype=options.dtype,
+            device=_device(options.device),
+        )
+        for width, height in options.size or [(1024, 1024)]
+        for mode in (MODES if options.mode == "all" else (options.mode,))
+    ]
+    for name in (options.json, options.plot):
+        if name not in (None, "-") and not Path(name).resolve().parent.is_dir():
+            raise FileNotFoundError(f"{name}: its directory does not exist")
+    if options.plot:
+        _matplotlib()
+    done = []
+    for case in cases:
+        done.append((case, _measure(case, contenders, options.rounds)))
+        if options.json != "-":
+            print(table(*done[-1]), end="\n\n", flush=True)
+    document = report(done, options.rounds)
+    if options.json == "-":
+        print(json.dumps(document, indent=1))
+    elif options.json:
+        write_atomic(options.json, json.dumps(document, indent=1).encode())
+    if options.json != "-":
+        machine = document["machine"]
+        print(
+            f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, anima_fast "
+            f"{machine['anima_fast']} ({machine['commit'] or 'installed'}), median of {options.rounds} rounds"
+        )
+    if options.plot:
+        draw(document, options.plot)
+    failed = [result.name for _, results in done for result in results if result.status == "gate failed"]
+    if failed:
+        print(f"anima-fast bench: failed the gate, not timed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _measure(case: Case, contenders: list[Contender], rounds: int) -> list[Result]:
+    from tqdm import tqdm
+
+    runs = sum(case.mode in contender.modes for contender in contenders)
+    # Those that turn out not to run here leave the bar short of its end; it vanishes then.
+    with tqdm(total=runs * (1 + rounds), file=sys.stderr, disable=not sys.stderr.isatty(), leave=False) as bar:
+
+        def progress(what: str) -> None:
+            bar.set_description(f"{case.mode} {case.width}x{case.height}, {what}")
+            bar.update()
+
+        return measure_case(case, contenders, rounds, progress)
+
+
+def _chosen(
+    option: str, known: Iterable[Contender], names: list[str] | None, not_by_default: tuple[str, ...]
+) -> list[Contender]:
+    by_name = {contender.name: contender for contender in known}
+    if names is None:
+        return [c for name, c in by_name.items() if name not in not_by_default]
+    for name in names:
+        if name not in by_name:
+            raise invalid(option, repr(name), " | ".join(by_name))
+    return [by_name[name] for name in dict.fromkeys(names)]
+
+
+def _device(name: str) -> str:
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise invalid("--device", repr(name), f"a device of this torch ({str(error).splitlines()[0]})") from error
+    return name
+
+
+def table(case: Case, results: list[Result]) -> str:
+    """The results of one case as text: times, also as multiples of each backend's, memory, error."""
+    ours = [r for r in results if r.kind == "backend" and r.median_ms is not None and r.name != "reference"]
+    head = ["", "warm ms", *(f"/ {r.name}" for r in ours), "cold ms", "extra MiB", "of padded mask", "error", "allowed"]
+    rows, notes = [head], []
+    for r in results:
+        if r.status != "measured":
+            notes.append(f"  {r.name}: {r.status} ({r.reason})")
+            continue
+        assert r.median_ms is not None and r.cold_ms is not None and r.extra_bytes is not None
+        rows.append(
+            [
+                r.name,
+                f"{r.median_ms:.1f}",
+                *(f"{r.median_ms / (own.median_ms or 1):.2f}x" for own in ours),
+                f"{r.cold_ms:.0f}",
+                f"{r.extra_bytes / 2**20:.1f}",
+                f"{100 * r.extra_bytes / case.padded_mask_bytes:.1f} %",
+                f"{r.error:.1e}",
+                f"{r.bound:.1e}",
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = [str(case)]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  " + "  ".join(cells))
+    return "\n".join([*lines, *notes])
+
+
+def _matplotlib() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise invalid("--plot", "no matplotlib", "pip install 'anima-fast[bench]', or no --plot") from error
+    matplotlib.use("Agg")  # a file is drawn; there may be no display
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+_OURS, _PEER, _INK = "#2f6fde", "#b8bec9", "#22262e"
+
+
+def draw(document: dict[str, Any], path: str) -> None:
+    """The report as a picture: for each case, warm time and peak extra memory of each contender."""
+    cases = [case for case in document["cases"] if any(r["status"] == "measured" for r in case["results"])]
+    if not cases:
+        raise invalid("--plot", "no contender that was measured", "at least one")
+    counts = [sum(r["status"] == "measured" for r in case["results"]) for case in cases]
+    figure, grid = _matplotlib().subplots(
+        len(cases),
+        2,
+        squeeze=False,
+        figsize=(11, sum(1.35 + 0.33 * count for count in counts)),
+        height_ratios=[1.35 + 0.33 * count for count in counts],
+        layout="constrained",
+    )
+    for case, (left, right) in zip(cases, grid, strict=True):
+        measured = [r for r in case["results"] if r["status"] == "measured"]
+        measured.sort(key=lambda r: r["median_ms"], reverse=True)
+        regions = "" if case["mode"] == "plain" else f" · {case['regions']} regions, {case['layout']}"
+        title = f"{case['mode']} · {case['width']}×{case['height']}{regions} · {case['dtype']} · {case['device']}"
+        _bars(left, measured, "median_ms", 1, "ms", "{:.0f}")
+        _bars(right, measured, "extra_bytes", 2**20, "MiB", "{:.1f}")
+        spread = [[r["median_ms"] - min(r["samples_ms"]), max(r["samples_ms"]) - r["median_ms"]] for r in measured]
+        medians = [r["median_ms"] for r in measured]
+        errors = list(zip(*spread, strict=True))
+        left.errorbar(medians, range(len(measured)), xerr=errors, fmt="none", ecolor=_INK, elinewidth=0.8, capsize=2)
+        left.set_title(title, loc="left", fontsize=10, fontweight="bold", color=_INK)
+        right.set_title("memory beyond q, k, v and the output", loc="left", fontsize=10, color=_INK)
+        left.set_xlabel("time of a call, ms: median, whiskers to the fastest and slowest", fontsize=8)
+        right.set_xlabel("MiB", fontsize=8)
+    machine = document["machine"]
+    where = machine["cpu"] if cases[0]["device"] == "cpu" else machine["devices"][0]["name"]
+    figure.suptitle(
+        f"{where}, {machine['threads']} threads, torch {machine['torch']}, {document['rounds']} rounds, "
+        f"{document['date'][:10]}",
+        fontsize=8,
+        color="#6b7280",
+    )
+    figure.savefig(path, dpi=160)
+    _matplotlib().close(figure)
+
+
+def _bars(axes: Axes, results: list[dict[str, Any]], key: str, unit: float, name: str, form: str) -> None:
+    values = [r[key] / unit for r in results]
+    colours = [_OURS if r["kind"] == "backend" else _PEER for r in results]
+    axes.barh(range(len(values)), values, color=colours, height=0.72)
+    axes.set_yticks(range(len(values)), [r["name"] for r in results], fontsize=9)
+    longest = max(max(r["samples_ms"]) for r in results) if key == "median_ms" else max(values)
+    for position, (value, result) in enumerate(zip(values, results, strict=True)):
+        end = max(result["samples_ms"]) if key == "median_ms" else value
+        text = f"{form.format(value)} {name}"
+        axes.text(end + 0.012 * longest, position, text, va="center", fontsize=8, color=_INK)
+    axes.set_xlim(0, 1.18 * (longest or 1))
+    axes.tick_params(axis="x", labelsize=8)
+    axes.tick_params(axis="y", length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
