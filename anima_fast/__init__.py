@@ -1,9 +1,10 @@
 """anima_fast: regional attention and recurrent scans, exact, fast and installable anywhere."""
 
 from .attention import regional_attention
+from .bound_plan import BoundPlan
 from .dispatch import backends, explain, use_backend
 from .errors import NoBackendError
-from .plan import BoundPlan, RegionPlan
+from .plan import RegionPlan
 
 __version__ = "0.1.0"
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from . import dispatch
+from .bound_plan import BoundPlan, PlanTensors
 from .errors import invalid, wrong_type
-from .plan import BoundPlan, PlanTensors
 
 __all__ = ["regional_attention"]
 

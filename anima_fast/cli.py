@@ -125,7 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--head-dim", type=_count, default=128, metavar="D", help="default: %(default)s")
     bench.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="default: %(default)s")
     bench.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: %(default)s)")
-    bench.add_argument("--rounds", type=_count, default=10, metavar="N", help="timed calls of each (default: %(default)s)")
+    bench.add_argument(
+        "--rounds", type=_count, default=10, metavar="N", help="timed calls of each (default: %(default)s)"
+    )
     bench.add_argument(
         "--backends", nargs="*", metavar="NAME", help="only these (default: all but reference, which is the oracle)"
     )

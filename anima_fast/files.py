@@ -1,12 +1,21 @@
-"""Files appear whole or not at all: written beside the target, flushed to disk, then renamed."""
+"""Files appear whole or not at all (written beside the target, flushed to disk, then renamed), and plans as
+safetensors files with JSON metadata."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
-__all__ = ["write_atomic"]
+import torch
+
+from .errors import invalid
+
+__all__ = ["load_plan", "save_plan", "write_atomic"]
+
+_FORMAT_VERSION = 1
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
@@ -35,3 +44,38 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def save_plan(
+    path: str | os.PathLike[str], kind: str, fields: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> None:
+    """Write a plan's `fields` (as JSON) and `tensors` to one safetensors file."""
+    from safetensors.torch import save
+
+    metadata = {"format": f"anima_fast.{kind}", "version": str(_FORMAT_VERSION), "plan": json.dumps(fields)}
+    write_atomic(path, save(tensors, metadata))
+
+
+def load_plan(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The fields and tensors that `save_plan` wrote for this kind of plan.
+
+    Raises FileNotFoundError; ValueError for a malformed file, another kind or another version.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path: no file {str(path)!r}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != f"anima_fast.{kind}":
+                raise invalid("path", f"{str(path)!r} of format {metadata.get('format')!r}", f"a saved {kind}")
+            if metadata.get("version") != str(_FORMAT_VERSION):
+                raise invalid("path", f"version {metadata.get('version')!r}", f"version {_FORMAT_VERSION}")
+            fields = json.loads(metadata.get("plan", ""))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise invalid("path", f"{str(path)!r}, which cannot be read ({error})", "a whole safetensors file") from error
+    if not isinstance(fields, dict):
+        raise invalid("path", f"{str(path)!r}, whose metadata is not an object", f"a saved {kind}")
+    return fields, tensors

@@ -23,27 +23,31 @@ term, `pads="strip"` leaves it out.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import json
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from .bound_plan import COMBINE, BoundPlan, bind_rows
+from .checks import (
+    check_canvas,
+    check_grid,
+    check_number,
+    check_pad_count,
+    check_per_region,
+    check_ranges,
+    check_segments,
+)
 from .errors import invalid, wrong_type
-from .files import write_atomic
+from .files import load_plan, save_plan
 from .masks import RESAMPLE, load_mask, resample
 
-__all__ = ["BoundPlan", "PlanTensors", "RegionPlan"]
+__all__ = ["RegionPlan"]
 
 MODES = ("soft_log", "hard")
-COMBINE = ("logit", "blend")
 PADS = ("fold", "strip")
-
-_FORMAT_VERSION = 1
 
 Range = tuple[int, int]
 
@@ -129,8 +133,8 @@ class RegionPlan:
             raise wrong_type("masks", masks, "a sequence of masks")
         loaded = [load_mask(mask, f"masks[{index}]") for index, mask in enumerate(masks)]
         count = len(loaded)
-        ranges = _ranges("token_ranges", token_ranges, count)
-        base = None if base_range is None else _ranges("base_range", [base_range], 1)[0]
+        ranges = check_ranges("token_ranges", token_ranges, count)
+        base = None if base_range is None else check_ranges("base_range", [base_range], 1)[0]
         if count == 0 and base is None:
             raise invalid("masks", "no region and no base prompt", "at least one region or a base_range")
         if base is None and base_pad_count:
@@ -143,40 +147,42 @@ class RegionPlan:
         ):
             if value not in allowed:
                 raise invalid(name, repr(value), " | ".join(map(repr, allowed)))
-        eps = _number("eps", eps, "0 < eps <= 1", lambda x: 0 < x <= 1)
+        eps = check_number("eps", eps, "0 < eps <= 1", lambda x: 0 < x <= 1)
         at_least_0 = ("a finite number >= 0", lambda x: x >= 0)
-        strengths = _per_region("region_strengths", region_strengths, count, 1.0)
-        counts = _per_region("pad_counts", pad_counts, count, 0)
+        strengths = check_per_region("region_strengths", region_strengths, count, 1.0)
+        counts = check_per_region("pad_counts", pad_counts, count, 0)
         if hard_value is not None:
             if mode != "hard":
                 raise invalid("hard_value", f"{hard_value} with mode={mode!r}", "None unless mode='hard'")
-            hard_value = _number("hard_value", hard_value, "a finite number <= 0", lambda x: x <= 0)
+            hard_value = check_number("hard_value", hard_value, "a finite number <= 0", lambda x: x <= 0)
         if priorities is not None:
             order = [
-                _number(f"priorities[{i}]", p, "a finite number", lambda x: True)
-                for i, p in enumerate(_per_region("priorities", priorities, count, 0.0))
+                check_number(f"priorities[{i}]", p, "a finite number", lambda x: True)
+                for i, p in enumerate(check_per_region("priorities", priorities, count, 0.0))
             ]
             loaded = _apply_priorities(loaded, order)
         plan = cls(
             masks=tuple(loaded),
             token_ranges=ranges,
-            pad_counts=tuple(_pad_count(f"pad_counts[{i}]", c) for i, c in enumerate(counts)),
+            pad_counts=tuple(check_pad_count(f"pad_counts[{i}]", c) for i, c in enumerate(counts)),
             base_range=base,
-            base_pad_count=_pad_count("base_pad_count", base_pad_count),
+            base_pad_count=check_pad_count("base_pad_count", base_pad_count),
             mode=mode,
             eps=eps,
-            strength=_number("strength", strength, *at_least_0),
-            region_strengths=tuple(_number(f"region_strengths[{i}]", s, *at_least_0) for i, s in enumerate(strengths)),
+            strength=check_number("strength", strength, *at_least_0),
+            region_strengths=tuple(
+                check_number(f"region_strengths[{i}]", s, *at_least_0) for i, s in enumerate(strengths)
+            ),
             hard_value=hard_value,
             normalize_overlaps=bool(normalize_overlaps),
             base_always_allowed=bool(base_always_allowed),
             unmasked_to_base=bool(unmasked_to_base),
-            base_weight=_number("base_weight", base_weight, *at_least_0),
+            base_weight=check_number("base_weight", base_weight, *at_least_0),
             resample=resample,
             combine=combine,
             pads=pads,
         )
-        _check_segments(plan._segments(), plan._segment_names())
+        check_segments(plan._segments(), plan._segment_names())
         return plan
 
     @classmethod
@@ -205,8 +211,8 @@ class RegionPlan:
                 they can be attended. Default: every run of equal columns is a segment.
             grid: (T, Ht, Wt) of the Nq queries; default (1, 1, Nq).
 
-        Returns a plan bound to that grid. A finite value is kept as it is, so the result equals attention
-        with the template, except that a query whose row is -inf throughout attends to all segments.
+        Returns a plan bound to that grid. A finite value is kept as it is (at least -1e30), so the result equals
+        attention with the template, except that a query whose row is -inf throughout attends to all segments.
 
         Raises ValueError with the segment and the query where the template is not of this form.
 
@@ -228,8 +234,8 @@ class RegionPlan:
         template = template.detach().float()
         queries, keys = template.shape
         if ranges is not None:
-            segments = _ranges("ranges", ranges, len(ranges))
-            _check_segments([(s, e, 0) for s, e in segments], [f"ranges[{i}]" for i in range(len(segments))])
+            segments = check_ranges("ranges", ranges, len(ranges))
+            check_segments([(s, e, 0) for s, e in segments], [f"ranges[{i}]" for i in range(len(segments))])
             if any(end > keys for _, end in segments):
                 raise invalid("ranges", str(list(segments)), f"ranges within the {keys} columns of template")
         bad = (template.isnan() | (template == math.inf)).nonzero()
@@ -267,12 +273,14 @@ class RegionPlan:
         if not any(end > start for start, end in found):
             raise invalid("template", "no column that any query may attend to", "at least one")
         bias = torch.stack([template[:, s] if e > s else template.new_full((queries,), -math.inf) for s, e in found])
-        return _bound(bias, [(s, e, 0) for s, e in found], "logit", _grid("grid", grid or (1, 1, queries), queries))
+        return bind_rows(
+            bias, [(s, e, 0) for s, e in found], "logit", check_grid("grid", grid or (1, 1, queries), queries)
+        )
 
     def token_weights(self, grid: tuple[int, int, int], canvas: tuple[float, float] | None = None) -> torch.Tensor:
         """w_r on the token grid, float64 `[R, Ht, Wt]`: resampled, and normalised if the plan says so."""
-        _, height, width = _grid("grid", grid)
-        canvas = _canvas(canvas, height, width)
+        _, height, width = check_grid("grid", grid)
+        canvas = check_canvas(canvas, height, width)
         if not self.masks:
             return torch.zeros(0, height, width, dtype=torch.float64)
         weights = torch.stack(
@@ -300,10 +308,10 @@ class RegionPlan:
                 patch; may be fractional. Default: the whole grid.
             device: where the plan's tensors go.
         """
-        frames, height, width = _grid("grid", grid)
+        frames, height, width = check_grid("grid", grid)
         weights = self.token_weights(grid, canvas).flatten(1)
         rows = self._blend_weights(weights) if self.combine == "blend" else self._bias(weights)
-        bound = _bound(rows.float().repeat(1, frames), self._segments(), self.combine, (frames, height, width))
+        bound = bind_rows(rows.float().repeat(1, frames), self._segments(), self.combine, (frames, height, width))
         return bound.to(device)
 
     def crop(self, tile: Sequence[float]) -> RegionPlan:
@@ -335,7 +343,7 @@ class RegionPlan:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as one safetensors file with JSON metadata; whole or not at all."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "masks"}
-        _save(path, "RegionPlan", fields, {f"mask.{i}": mask for i, mask in enumerate(self.masks)})
+        save_plan(path, "RegionPlan", fields, {f"mask.{i}": mask for i, mask in enumerate(self.masks)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RegionPlan:
@@ -343,7 +351,7 @@ class RegionPlan:
 
         Raises FileNotFoundError; ValueError for a malformed file or one of another version.
         """
-        fields, tensors = _load(path, "RegionPlan")
+        fields, tensors = load_plan(path, "RegionPlan")
         try:
             window = fields.pop("window")
             masks = [tensors[f"mask.{i}"] for i in range(len(tensors))]
@@ -421,398 +429,6 @@ class RegionPlan:
         return torch.cat([mixed, base[None]])
 
 
-class PlanTensors(NamedTuple):
-    """What a backend receives: P plans of S segments for Nq queries, and which plan each row uses.
-
-    bias           [P, S, Nq] float32, or [P, S, 0] where nothing is biased. logit: additive, natural log,
-                   -inf excludes a segment, never all of them. blend: weights, each query's sum is 1.
-    order          [P, Nq] int32: queries sorted by the set of segments they may attend to; [P, 0] where no
-                   query excludes any.
-    segments       [P, S, 3] int32 on the device: start, end, pads. (0, 0, 0) is an absent segment.
-    plan_index     [B] int32 on the device.
-    segments_host, plan_index_host   the same numbers as flat tuples.
-    groups_host    runs of `order` with one allowed set, flat: plan, start, end, flat, n, n segments;
-                   flat = 1 where every allowed segment has bias 0.
-    """
-
-    bias: torch.Tensor
-    order: torch.Tensor
-    segments: torch.Tensor
-    plan_index: torch.Tensor
-    segments_host: tuple[int, ...]
-    plan_index_host: tuple[int, ...]
-    groups_host: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class BoundPlan:
-    """A plan for one token grid, ready for `regional_attention`. Made by `RegionPlan.bind`,
-    `RegionPlan.from_bias` or `BoundPlan.batch`; fields as in `PlanTensors`.
-
-    `plan_index` of length 1 serves a batch of any size; else its length is the batch size.
-    """
-
-    grid: tuple[int, int, int]
-    combine: str
-    tensors: PlanTensors
-
-    @property
-    def queries(self) -> int:
-        """Nq = T·Ht·Wt."""
-        return math.prod(self.grid)
-
-    @property
-    def device(self) -> torch.device:
-        return self.tensors.segments.device
-
-    @property
-    def plans(self) -> int:
-        """P, the number of different layouts."""
-        return self.tensors.segments.shape[0]
-
-    @property
-    def segments(self) -> tuple[tuple[int, int, int], ...]:
-        """(start, end, pads) of each segment, plan after plan."""
-        flat = self.tensors.segments_host
-        return tuple((flat[i], flat[i + 1], flat[i + 2]) for i in range(0, len(flat), 3))
-
-    @property
-    def context_length(self) -> int:
-        """Rows of k that the plan needs: its largest range end."""
-        return max(end for _, end, _ in self.segments)
-
-    @staticmethod
-    def batch(plans: Sequence[BoundPlan], plan_index: Sequence[int]) -> BoundPlan:
-        """One plan for a batch whose row b uses `plans[plan_index[b]]`: different layouts an image, or
-        unconditional rows (`RegionPlan.plain`).
-
-        All plans have one grid and one `combine`; a plan of a single unbiased prompt fits both.
-
-        Example:
-            >>> uncond = RegionPlan.plain(20, pad_count=492).bind((1, 64, 64))
-            >>> BoundPlan.batch([uncond, regions], [0, 1])      # ComfyUI's order: uncond first
-        """
-        if not plans:
-            raise invalid("plans", "an empty sequence", "at least one bound plan")
-        for i, plan in enumerate(plans):
-            if not isinstance(plan, BoundPlan):
-                raise wrong_type(f"plans[{i}]", plan, "a BoundPlan (RegionPlan.bind makes one)")
-            if plan.plans != 1:
-                raise invalid(f"plans[{i}]", f"a batch of {plan.plans} plans", "single plans")
-            if plan.grid != plans[0].grid:
-                raise invalid(f"plans[{i}]", f"grid {plan.grid}", f"{plans[0].grid}, the grid of plans[0]")
-            if plan.device != plans[0].device:
-                raise invalid(f"plans[{i}]", f"device {plan.device}", f"{plans[0].device}, as plans[0]")
-        index = tuple(int(i) for i in plan_index)
-        if not index or not all(0 <= i < len(plans) for i in index):
-            raise invalid("plan_index", str(list(plan_index)), f"one number from 0 to {len(plans) - 1} a row")
-        modes = {plan.combine for plan in plans if not plan._is_plain()}
-        if len(modes) > 1:
-            raise invalid("plans", "both combine='logit' and 'blend'", "one combine in a batch")
-        combine = modes.pop() if modes else "logit"
-        if combine == "logit" and not any(plan.tensors.bias.shape[2] for plan in plans):
-            return _stack(plans, index, combine, biased=False)
-        return _stack(plans, index, combine, biased=True)
-
-    def to(self, device: torch.device | str) -> BoundPlan:
-        """The plan with its tensors on `device`."""
-        t = self.tensors
-        moved = t._replace(
-            bias=t.bias.to(device),
-            order=t.order.to(device),
-            segments=t.segments.to(device),
-            plan_index=t.plan_index.to(device),
-        )
-        return dataclasses.replace(self, tensors=moved)
-
-    def estimate_bytes(
-        self,
-        *,
-        batch: int = 1,
-        heads: int = 16,
-        head_dim: int = 128,
-        dtype: torch.dtype = torch.float32,
-        backend: str | None = None,
-    ) -> int:
-        """Bytes that one attention call needs beyond q, k, v and the output: the plan's tensors and the
-        backend's workspace (default: the backend such a call would get on the plan's device)."""
-        from .attention import workspace_bytes
-
-        tensors = sum(x.numel() * x.element_size() for x in self.tensors[:4])
-        return tensors + workspace_bytes(
-            self, batch=batch, heads=heads, head_dim=head_dim, dtype=dtype, backend=backend
-        )
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the bound plan as one safetensors file with JSON metadata; whole or not at all."""
-        t = self.tensors
-        fields = {
-            "grid": self.grid,
-            "combine": self.combine,
-            "segments": self.segments,
-            "plan_index": t.plan_index_host,
-        }
-        bias = t.bias if t.bias.shape[2] else t.bias.new_zeros(*t.bias.shape[:2], 0)
-        _save(path, "BoundPlan", fields, {"bias": bias.cpu().contiguous()})
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> BoundPlan:
-        """Read what `save` wrote, with every value checked again.
-
-        Raises FileNotFoundError; ValueError for a malformed file or one of another version.
-        """
-        fields, tensors = _load(path, "BoundPlan")
-        problem = None
-        try:
-            grid = _grid("grid", fields["grid"])
-            bias, flat = tensors["bias"].float(), fields["segments"]
-            count, size = bias.shape[0], bias.shape[1]
-            if fields["combine"] not in COMBINE or len(flat) != count * size or size == 0:
-                raise KeyError("combine or segments")
-            if bias.shape[2] not in (0, math.prod(grid)) or bool((bias.isnan() | (bias == math.inf)).any()):
-                raise KeyError("bias")
-            if fields["combine"] == "blend" and bool((bias < 0).any()):
-                raise KeyError("bias")
-            plans = []
-            for p in range(count):
-                segments = [(int(a), int(b), int(c)) for a, b, c in flat[p * size : (p + 1) * size]]
-                _check_segments(segments, [f"segments[{i}]" for i in range(size)])
-                rows = bias[p] if bias.shape[2] else bias.new_zeros(size, math.prod(grid))
-                plans.append(_bound(rows, segments, fields["combine"], grid))
-            index = [int(i) for i in fields["plan_index"]]
-            return plans[0] if count == 1 and index == [0] else cls.batch(plans, index)
-        except (KeyError, TypeError, IndexError) as error:
-            problem = error
-        raise invalid("path", f"{str(path)!r}, whose content does not fit ({problem})", "a saved plan")
-
-    def __repr__(self) -> str:
-        t = self.tensors
-        frames, height, width = self.grid
-        lines = [
-            f"BoundPlan(grid {frames} x {height} x {width} = {self.queries} queries, {self.combine}, "
-            f"{self.plans} plan{'s' * (self.plans > 1)}, rows {list(t.plan_index_host)}, {self.device})"
-        ]
-        size = t.segments.shape[1]
-        for p in range(self.plans):
-            for s, (start, end, pads) in enumerate(self.segments[p * size : (p + 1) * size]):
-                if start == end and not pads:
-                    continue
-                text = "unbiased"
-                if t.bias.shape[2]:
-                    row = t.bias[p, s]
-                    kept = row > (0 if self.combine == "blend" else -math.inf)
-                    name = "weight" if self.combine == "blend" else "bias"
-                    text = f"{100 * float(kept.float().mean()):.1f} % of the queries"
-                    if bool(kept.any()):
-                        text += f", {name} {float(row[kept].min()):.4g} to {float(row[kept].max()):.4g}"
-                lines.append(f"  plan {p} segment {s}: tokens [{start}, {end}) + {pads} pads, {text}")
-        return "\n".join(lines)
-
-    def _is_plain(self) -> bool:
-        """One present segment, so that logit and blend are the same."""
-        return sum(end > start or pads > 0 for start, end, pads in self.segments) == 1
-
-
-def _bound(
-    rows: torch.Tensor, segments: Sequence[tuple[int, int, int]], combine: str, grid: tuple[int, int, int]
-) -> BoundPlan:
-    """A single bound plan from `[S, Nq]` bias (logit) or unnormalised weights (blend)."""
-    rows = rows.float().clone()
-    present = torch.tensor([end > start or pads > 0 for start, end, pads in segments])
-    if not bool(present.any()):
-        raise invalid("token_ranges", "no tokens and no pads in any segment", "a context that is not empty")
-    nothing = 0.0 if combine == "blend" else -math.inf
-    rows[~present] = nothing
-    lost = (rows == nothing).all(dim=0)  # excluded by every segment: attends to all, unbiased
-    rows[:, lost] = torch.where(present, float(combine == "blend"), nothing)[:, None]
-    if combine == "blend":
-        rows /= rows.sum(dim=0)
-    if int(present.sum()) == 1:  # a constant bias over one softmax cancels
-        combine, nothing = "logit", -math.inf
-        rows[present] = 0
-        rows[~present] = nothing
-    live = rows != nothing
-    order, runs = _sort_by_allowed_set(live)
-    groups: list[int] = []
-    for start, end in runs:
-        first = int(order[start]) if len(order) else start
-        allowed = live[:, first].nonzero().flatten().tolist()
-        members = order[start:end].long() if len(order) else slice(start, end)
-        flat = combine == "logit" and not bool(rows[allowed][:, members].any())
-        groups += [0, start, end, int(flat), len(allowed), *allowed]
-    biased = combine == "blend" or bool((rows[present] != 0).any())
-    rows = rows.contiguous() if biased else rows[:, :0].contiguous()
-    flat_segments = [x for segment in segments for x in segment]
-    tensors = PlanTensors(
-        bias=rows[None],
-        order=order[None],
-        segments=torch.tensor(flat_segments, dtype=torch.int32).view(1, -1, 3),
-        plan_index=torch.zeros(1, dtype=torch.int32),
-        segments_host=tuple(flat_segments),
-        plan_index_host=(0,),
-        groups_host=tuple(groups),
-    )
-    return BoundPlan(grid=grid, combine=combine, tensors=tensors)
-
-
-def _sort_by_allowed_set(live: torch.Tensor) -> tuple[torch.Tensor, list[Range]]:
-    """Permutation (int32; empty if identity serves) that makes queries of one allowed set adjacent, in
-    raster order within a set, and the runs [start, end) of it that share a set. `live` is bool [S, Nq]."""
-    queries = live.shape[1]
-    code = torch.zeros(queries, dtype=torch.int64)
-    for rows in live.split(62):  # 62 segments a pass, so that a set's number fits an int64
-        bits = (rows.long() << torch.arange(len(rows))[:, None]).sum(dim=0)
-        _, high = torch.unique(code, return_inverse=True)
-        _, low = torch.unique(bits, return_inverse=True)
-        code = high * (int(low.max()) + 1) + low
-    order = torch.argsort(code, stable=True)
-    _, counts = torch.unique_consecutive(code[order], return_counts=True)
-    if len(counts) == 1:
-        return torch.zeros(0, dtype=torch.int32), [(0, queries)]
-    ends = counts.cumsum(0).tolist()
-    return order.int(), list(zip([0, *ends[:-1]], ends, strict=True))
-
-
-def _stack(plans: Sequence[BoundPlan], index: tuple[int, ...], combine: str, biased: bool) -> BoundPlan:
-    """P single plans side by side; shorter ones get absent segments."""
-    first = plans[0]
-    size = max(plan.tensors.segments.shape[1] for plan in plans)
-    nothing = 0.0 if combine == "blend" else -math.inf
-    ordered = any(plan.tensors.order.shape[1] for plan in plans)
-    bias, order, segments, host, groups = [], [], [], [], []
-    for p, plan in enumerate(plans):
-        t = plan.tensors
-        missing = size - t.segments.shape[1]
-        rows = t.bias[0]
-        if biased and not rows.shape[1]:  # an unbiased plan among biased ones
-            kept = t.segments[0, :, 1:].sum(dim=1) > 0
-            value = 1.0 if combine == "blend" else 0.0
-            rows = torch.where(kept, value, nothing)[:, None].expand(-1, first.queries)
-        elif biased and combine == "blend" and plan.combine == "logit":
-            rows = torch.where(rows == 0, 1.0, 0.0)
-        bias.append(torch.nn.functional.pad(rows, (0, 0, 0, missing), value=nothing))
-        identity = torch.arange(first.queries, dtype=torch.int32, device=first.device)
-        order.append(t.order[0] if t.order.shape[1] or not ordered else identity)
-        segments.append(torch.nn.functional.pad(t.segments[0], (0, 0, 0, missing)))
-        host += [*t.segments_host, *[0] * (3 * missing)]
-        for _, start, end, flat, allowed in iterate_groups(t.groups_host):
-            flat = flat and combine == "logit"
-            groups += [p, start, end, int(flat), len(allowed), *allowed]
-    tensors = PlanTensors(
-        bias=torch.stack(bias).contiguous(),
-        order=torch.stack(order).contiguous(),
-        segments=torch.stack(segments).contiguous(),
-        plan_index=torch.tensor(index, dtype=torch.int32, device=first.device),
-        segments_host=tuple(host),
-        plan_index_host=index,
-        groups_host=tuple(groups),
-    )
-    return BoundPlan(grid=first.grid, combine=combine, tensors=tensors)
-
-
-def iterate_groups(flat: Sequence[int]) -> list[tuple[int, int, int, bool, tuple[int, ...]]]:
-    """`PlanTensors.groups_host` as (plan, start, end, flat, allowed segments) records."""
-    groups = []
-    position = 0
-    while position < len(flat):
-        plan, start, end, same, count = flat[position : position + 5]
-        position += 5 + count
-        groups.append((plan, start, end, bool(same), tuple(flat[position - count : position])))
-    return groups
-
-
-def _ranges(name: str, ranges: Any, count: int) -> tuple[Range, ...]:
-    try:
-        pairs = [(_integer(s), _integer(e)) for s, e in ranges]
-    except (TypeError, ValueError) as error:
-        raise invalid(name, repr(ranges), "pairs of whole numbers (start, end)") from error
-    if len(pairs) != count:
-        raise invalid(name, f"{len(pairs)} ranges for {count} masks", "one range a mask")
-    for i, (start, end) in enumerate(pairs):
-        if not 0 <= start <= end:
-            raise invalid(f"{name}[{i}]" if count > 1 else name, f"({start}, {end})", "0 <= start <= end")
-    return tuple(pairs)
-
-
-def _check_segments(segments: Sequence[tuple[int, ...]], names: Sequence[str]) -> None:
-    """Ranges are in order and may not overlap; at least one token or pad."""
-    for i, (start, end, pads) in enumerate(segments):
-        if not 0 <= start <= end or pads < 0:
-            raise invalid(names[i], f"({start}, {end}) with {pads} pads", "0 <= start <= end, pads >= 0")
-    spans = sorted((start, end, name) for (start, end, _), name in zip(segments, names, strict=False) if end > start)
-    for (s0, e0, first), (s1, e1, second) in itertools.pairwise(spans):
-        if s1 < e0:
-            raise invalid(second, f"[{s1}, {e1}), which overlaps {first} = [{s0}, {e0})", "disjoint ranges")
-    if not any(end > start or pads for start, end, pads in segments):
-        raise invalid(
-            names[0] if names else "ranges",
-            "no tokens and no pads in any segment",
-            "a context that is not empty",
-        )
-
-
-def _per_region(name: str, values: Sequence[Any] | None, count: int, default: Any) -> list[Any]:
-    if values is None:
-        return [default] * count
-    if isinstance(values, (str, bytes)) or not hasattr(values, "__len__"):
-        raise wrong_type(name, values, "a sequence with one number a region")
-    if len(values) != count:
-        raise invalid(name, f"{len(values)} values for {count} regions", "one a region")
-    return list(values)
-
-
-def _integer(value: Any) -> int:
-    if isinstance(value, bool) or int(value) != value:
-        raise ValueError(f"{value!r} is not a whole number")
-    return int(value)
-
-
-def _number(name: str, value: Any, allowed: str, holds: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise wrong_type(name, value, allowed) from error
-    if not math.isfinite(number) or not holds(number):
-        raise invalid(name, f"{value}", allowed)
-    return number
-
-
-def _pad_count(name: str, value: Any) -> int:
-    try:
-        count = _integer(value)
-    except (TypeError, ValueError) as error:
-        raise invalid(name, repr(value), "a whole number >= 0") from error
-    if not 0 <= count < 2**31:
-        raise invalid(name, f"{count}", "a whole number >= 0")
-    return count
-
-
-def _grid(name: str, grid: Any, queries: int | None = None) -> tuple[int, int, int]:
-    allowed = "(T, Ht, Wt), whole numbers >= 1"
-    try:
-        frames, height, width = (_integer(x) for x in grid)
-    except (TypeError, ValueError) as error:
-        raise invalid(name, repr(grid), allowed) from error
-    if min(frames, height, width) < 1 or frames * height * width >= 2**31:
-        raise invalid(name, f"{(frames, height, width)}", f"{allowed}, fewer than 2^31 tokens")
-    if queries is not None and frames * height * width != queries:
-        raise invalid(name, f"{(frames, height, width)}", f"a grid of {queries} tokens")
-    return frames, height, width
-
-
-def _canvas(canvas: Any, height: int, width: int) -> tuple[float, float]:
-    if canvas is None:
-        return float(height), float(width)
-    allowed = f"(rows, columns) with 0 < rows <= {height} and 0 < columns <= {width}"
-    try:
-        rows, columns = (float(x) for x in canvas)
-    except (TypeError, ValueError) as error:
-        raise invalid("canvas", repr(canvas), allowed) from error
-    if not (0 < rows <= height and 0 < columns <= width):
-        raise invalid("canvas", f"{(rows, columns)}", allowed)
-    return rows, columns
-
-
 def _apply_priorities(masks: list[torch.Tensor], priorities: list[float]) -> list[torch.Tensor]:
     """r_low · Π (1 - r_high) over the masks of strictly higher priority, at one common size."""
     if len(set(priorities)) < 2:
@@ -827,31 +443,3 @@ def _apply_priorities(masks: list[torch.Tensor], priorities: list[float]) -> lis
                 left *= 1 - other
         result.append(left)
     return result
-
-
-def _save(path: str | os.PathLike[str], kind: str, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    from safetensors.torch import save
-
-    metadata = {"format": f"anima_fast.{kind}", "version": str(_FORMAT_VERSION), "plan": json.dumps(fields)}
-    write_atomic(path, save(tensors, metadata))
-
-
-def _load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"path: no file {str(path)!r}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != f"anima_fast.{kind}":
-                raise invalid("path", f"{str(path)!r} of format {metadata.get('format')!r}", f"a saved {kind}")
-            if metadata.get("version") != str(_FORMAT_VERSION):
-                raise invalid("path", f"version {metadata.get('version')!r}", f"version {_FORMAT_VERSION}")
-            fields = json.loads(metadata.get("plan", ""))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise invalid("path", f"{str(path)!r}, which cannot be read ({error})", "a whole safetensors file") from error
-    if not isinstance(fields, dict):
-        raise invalid("path", f"{str(path)!r}, whose metadata is not an object", f"a saved {kind}")
-    return fields, tensors

@@ -1,27 +1,31 @@
 """Regional attention in one pass over K and V: softmax over prompt segments, the bias formed in registers.
 
-A context of Nk keys holds S segments, contiguous ranges [start, end) of rows of K, each with a count of pads (zero rows
-that were never stored). Query i and segment s have one number: b_s(i), a bias (logit), or w_s(i), a weight (blend).
+A context of Nk keys holds S segments: contiguous ranges [start, end) of rows of K, each with a count of pads, zero
+rows that were never stored. Query i has one number for segment s: a bias b_s(i) (logit) or a weight w_s(i) (blend).
+With x_ij = scale q_i.k_j, and n_s pads:
 
-    logit   out(i) = sum_s sum_j exp(x_ij + b_s(i)) v_j / Z(i),   Z(i) = sum_s (sum_j exp(x_ij + b_s(i)) + pads_s exp(b_s(i)))
-            lse(i) = log Z(i)
-    blend   out(i) = sum_s w_s(i) sum_j exp(x_ij) v_j / (sum_j exp(x_ij) + pads_s)          with x_ij = scale q_i.k_j
+    logit   out(i) = sum_s sum_j exp(x_ij + b_s(i)) v_j / Z(i)        lse(i) = log Z(i)
+            Z(i)   = sum_s [ sum_j exp(x_ij + b_s(i)) + n_s exp(b_s(i)) ]
+    blend   out(i) = sum_s w_s(i) [ sum_j exp(x_ij) v_j / (sum_j exp(x_ij) + n_s) ]
 
-Shapes: q, out [B, H, Nq, D]; k, v [B, Hk, Nk, D]; lse [B, H, Nq]; bias [P, S, Nq]; segments [P, S, 3]; order [P, Nq].
+Shapes: q, out [B, H, Nq, D], k, v [B, Hk, Nk, D], lse [B, H, Nq], bias [P, S, Nq], segments [P, S, 3], order [P, Nq].
 
-Tiling. One program owns BLOCK_M queries of one head and walks the segments, then key tiles inside one segment, with an
-online softmax (Milakov & Gimelshein 2018; FlashAttention-2, Dao 2023) in base 2 and fp32. Inside a segment the bias is
-constant along the keys, so the row maximum is taken over the raw products and the bias enters only per row:
-p = exp2(fma(qk, scale, b - m)). The inner loop is the loop of plain attention; a bias costs nothing per element.
-A pad has score b, and in logit mode one more online softmax, over pads alone, gathers them: two numbers a row, merged
-at the end, so that a segment never rescales the output tile. In blend mode they are the initial state of the segment.
+Tiling. A program owns BLOCK_M queries of one head and walks the segments, then the key tiles of a segment, with an
+online softmax (Milakov & Gimelshein 2018; FlashAttention-2, Dao 2023) in base 2 and fp32. Inside a segment the bias
+is constant along the keys, so the row maximum is taken over raw products and the bias enters per row only,
+p = exp2(fma(qk, scale, b - m)): the inner loop is that of plain attention, and a bias costs nothing per element.
+A pad has score b. In logit mode a second online softmax, over pads alone, gathers them in two numbers a row and is
+merged at the end, so that no segment rescales the output tile for them; in blend mode they are where a segment starts.
 
-Skipping. When a hard plan is bound its queries are sorted by allowed set and `order` is the permutation; a tile then
-meets few kinds of query, and a segment that every row of the tile excludes (bias -inf, weight 0) is not read at all.
-A finite bias, however low, is a contribution and is never skipped.
+Skipping. When a hard plan is bound, its queries are sorted by allowed set and `order` is the permutation. A tile then
+meets few kinds of query, and a segment that all its rows exclude (bias -inf, weight 0) is not read. A finite bias,
+however low, contributes and is never skipped.
 
-Grid. One axis, query tiles fastest: programs that run together share the K and V of a few heads, which stay in L2, while
-Q is read once by anybody. One axis because the second is limited to 65535, which B * H can exceed.
+Grid. One axis, query tiles fastest: programs that run together share the K and V of a few heads, which stay in L2,
+while each row of Q is read by one program only. Not two axes: the second ends at 65535, which B * H can pass.
+
+Non-finite input. NaN in a row of q or bias stays in that row. NaN in a row of k or v reaches the queries of every tile
+that reads it, also those whose bias is -inf: 0 * NaN.
 """
 
 import functools
@@ -78,8 +82,8 @@ def _regional_attention_kernel(
     LOG2E: tl.constexpr = 1.4426950408889634
     LN2: tl.constexpr = 0.6931471805599453
     EXCLUDED: tl.constexpr = 0.0 if BLEND else float("-inf")
-    # A row that has met no key yet has this maximum. It is finite so that -inf (an excluded segment) minus it is
-    # -inf and not NaN, which spares the inner loop a guard.
+    # The maximum of a row that has met no key. Finite, so that -inf (an excluded segment) minus it is -inf and not
+    # NaN: the inner loop needs no guard.
     FLOOR: tl.constexpr = -3.0e38
 
     tiles = tl.cdiv(Nq, BLOCK_M)
@@ -94,11 +98,11 @@ def _regional_attention_kernel(
     i_live = i < Nq
     d_live = d < D
     if HAS_ORDER:
-        row = tl.load(order_ptr + plan * Nq + i, mask=i_live, other=0).to(tl.int64)
+        row = tl.load(order_ptr + plan * Nq + i, mask=i_live, other=0)
     else:
-        row = i.to(tl.int64)
+        row = i
 
-    q_tile = q_ptr + b * stride_qb + h * stride_qh + row[:, None] * stride_qn + d[None, :]
+    q_tile = q_ptr + b * stride_qb + h * stride_qh + row[:, None].to(tl.int64) * stride_qn + d[None, :]
     q = tl.load(q_tile, mask=i_live[:, None] & d_live[None, :], other=0.0)
     if UPCAST:
         q = q.to(tl.float32)
@@ -108,7 +112,7 @@ def _regional_attention_kernel(
 
     k_tile = k_ptr + b * stride_kb + h // GROUP * stride_kh + n[None, :] * stride_kn + d[:, None]
     v_tile = v_ptr + b * stride_vb + h // GROUP * stride_vh + n[:, None] * stride_vn + d[None, :]
-    bias_row = bias_ptr + plan * S * Nq + row
+    bias_row = bias_ptr + plan * S * Nq
     segment = segments_ptr + plan * S * 3
 
     m = tl.full((BLOCK_M,), FLOOR, tl.float32)
@@ -127,7 +131,7 @@ def _regional_attention_kernel(
         pads = tl.load(segment + 2)
         segment += 3
         if HAS_BIAS:
-            bias = tl.load(bias_row, mask=i_live, other=EXCLUDED)
+            bias = tl.load(bias_row + row, mask=i_live, other=EXCLUDED)
             bias_row += Nq
             if HAS_ORDER:
                 # Compared, not reduced: tl.max drops NaN, and a row whose bias is NaN must come out as NaN.
@@ -164,12 +168,17 @@ def _regional_attention_kernel(
         if BLEND:
             blended += acc * (bias / tl.where(l == 0.0, 1.0, l))[:, None]
 
+    # The rows once more, plus a zero the compiler cannot know: no plan index is negative, and the barrier keeps it
+    # from merging the two loads of it. Else rows, masks and addresses in the layout of the store hold up to 20
+    # registers through every loop, which is what makes the blend kernel of D 128 spill.
+    tl.debug_barrier()
+    again = tl.load(plan_index_ptr + b).to(tl.int64)
+    i = pid % tiles * BLOCK_M + tl.arange(0, BLOCK_M) + tl.minimum(again, 0).to(tl.int32)
+    i_live = i < Nq
     if HAS_ORDER:
-        # Read again, not kept: rows and their addresses in the layout of the store would hold 20 registers through every
-        # loop. The barrier keeps the compiler from merging these loads with the first ones.
-        tl.debug_barrier()
-        plan = tl.load(plan_index_ptr + b).to(tl.int64)
-        row = tl.load(order_ptr + plan * Nq + i, mask=i_live, other=0).to(tl.int64)
+        row = tl.load(order_ptr + again * Nq + i, mask=i_live, other=0)
+    else:
+        row = i
     if BLEND:
         out = blended
     else:
@@ -181,7 +190,7 @@ def _regional_attention_kernel(
         if HAS_LSE:
             lse = tl.where(l == 0.0, float("-inf"), (m_all + tl.log2(l_safe)) * LN2)
             tl.store(lse_ptr + (b * H + h) * Nq + row, lse, mask=i_live)
-    out_tile = out_ptr + b * stride_ob + h * stride_oh + row[:, None] * stride_on + d[None, :]
+    out_tile = out_ptr + b * stride_ob + h * stride_oh + row[:, None].to(tl.int64) * stride_on + d[None, :]
     tl.store(out_tile, out.to(out_ptr.dtype.element_ty), mask=i_live[:, None] & d_live[None, :])
 
 
@@ -203,13 +212,13 @@ _TABLE: dict[tuple[str, int, int], dict[int, Config]] = {
     ("logit", 256, 2): {0: Config(64, 32, 8, 2), 90: Config(128, 16, 8, 3)},
     ("blend", 16, 2): {0: Config(64, 32, 4, 3)},
     ("blend", 32, 2): {0: Config(64, 32, 4, 3)},
-    ("blend", 64, 2): {0: Config(64, 32, 4, 3), 120: Config(128, 32, 8, 3)},
-    ("blend", 128, 2): {0: Config(64, 64, 8, 2), 90: Config(128, 32, 8, 3), 100: Config(128, 32, 8, 3)},
+    ("blend", 64, 2): {0: Config(64, 32, 4, 3)},
+    ("blend", 128, 2): {0: Config(128, 32, 8, 3), 120: Config(128, 16, 8, 3)},
     ("blend", 256, 2): {0: Config(32, 64, 8, 2)},
     ("logit", 16, 4): {0: Config(64, 32, 4, 2)},
     ("logit", 32, 4): {0: Config(64, 32, 4, 2)},
     ("logit", 64, 4): {0: Config(64, 32, 8, 2)},
-    ("logit", 128, 4): {0: Config(32, 32, 8, 2)},
+    ("logit", 128, 4): {0: Config(64, 16, 8, 2)},
     ("logit", 256, 4): {0: Config(32, 16, 8, 2)},
     ("blend", 16, 4): {0: Config(64, 32, 4, 2)},
     ("blend", 32, 4): {0: Config(64, 32, 4, 2)},
@@ -220,15 +229,15 @@ _TABLE: dict[tuple[str, int, int], dict[int, Config]] = {
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 COMBINES = ("logit", "blend")
-# Every card type the configurations are compiled and checked for, and what stands for what in the table.
+# What the configurations are compiled for and checked on (tests/static/triton_budget.py).
 CHECKED_ARCHS = (80, 86, 89, 90, 100, 120)
-# The interpreter runs the rows of the table of this card.
+# The card whose configurations the interpreter runs.
 INTERPRETER_CAPABILITY = (8, 0)
 INTERPRETED = not isinstance(_regional_attention_kernel, triton.JITFunction)
 
 
 class Variant(NamedTuple):
-    """The compile-time switches a plan sets: something is biased, something can be skipped, the caller wants the LSE."""
+    """The compile-time switches: something is biased, something can be skipped, the caller wants the LSE."""
 
     has_bias: bool
     has_order: bool
@@ -243,29 +252,25 @@ VARIANTS = {
 
 
 def block_d(head_dim: int) -> int:
-    """Head dims run in the next power of two, the excess masked: Triton's tiles and the tensor cores want it."""
+    """The width a head dim runs at, the excess masked: tiles are powers of two, tensor cores take 16."""
     return max(16, triton.next_power_of_2(head_dim))
 
 
 def table_arch(capability: tuple[int, int]) -> int:
-    """The architecture of the table for a compute capability: same matrix instructions, same shared memory or less."""
+    """The architecture of the table for a card: same matrix instructions, no more shared memory."""
     major, minor = capability
     if major == 8:
         return 80 if minor in (0, 7) else 86
     return {9: 90, 10: 100, 11: 100}.get(major, 120)
 
 
-def find_config(
-    combine: str, dtype: torch.dtype, head_dim: int, capability: tuple[int, int]
-) -> Config | None:
+def find_config(combine: str, dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> Config | None:
     """The launch configuration of a call, or None where the table has none."""
     column = _TABLE.get((combine, block_d(head_dim), dtype.itemsize), {})
     return column.get(table_arch(capability), column.get(0))
 
 
-def supports(
-    dtype: torch.dtype, head_dim: int, combine: str, capability: tuple[int, int] | None = None
-) -> str | None:
+def supports(dtype: torch.dtype, head_dim: int, combine: str, capability: tuple[int, int] | None = None) -> str | None:
     """None if the kernel can serve the call, else the reason it cannot. `capability` None means the interpreter."""
     if dtype not in DTYPES:
         return f"takes float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
@@ -310,7 +315,7 @@ def _qk_scale(scale: float) -> float:
 
 
 def _strides(t: torch.Tensor) -> list[int]:
-    # The stride of an axis of length one is arbitrary; zero keeps it from asking for a compilation of its own.
+    # The stride of an axis of length one is arbitrary. Zero, so that it never asks for a compilation of its own.
     return [stride if size > 1 else 0 for size, stride in zip(t.shape[:3], t.stride()[:3], strict=True)]
 
 
@@ -364,9 +369,7 @@ class Shipped(NamedTuple):
 
 def shipped() -> Iterator[Shipped]:
     """Every compilation of the table, on every architecture it is checked for."""
-    for arch, combine, dtype, width in itertools.product(
-        CHECKED_ARCHS, COMBINES, DTYPES, (16, 32, 64, 128, 256)
-    ):
+    for arch, combine, dtype, width in itertools.product(CHECKED_ARCHS, COMBINES, DTYPES, (16, 32, 64, 128, 256)):
         config = find_config(combine, dtype, width, divmod(arch, 10))
         if config is not None:
             for variant in VARIANTS[combine]:
@@ -374,9 +377,9 @@ def shipped() -> Iterator[Shipped]:
 
 
 def warmup(device, dtype: torch.dtype, head_dim: int, combine: str, *, num_heads: int) -> int:
-    """Compiles what calls of this kind need, for q, k, v, out laid out [B, N, H, D], without running anything.
+    """Compiles what calls of this kind need, with q, k, v, out in memory as [B, N, H, D], and runs nothing.
 
-    Returns the number of compilations asked for: none under the interpreter.
+    Returns how many kernels that is: none under the interpreter.
     """
     if INTERPRETED:
         return 0

@@ -1,26 +1,10 @@
-"""The error rule of every op, stated once.
-
-    max|out - oracle64| <= 2 · max|reference - oracle64| + 2 · eps · max|oracle64| + eps · max|score| · max|v|
-
-oracle64 is the op in fp64 on the same inputs, reference the plain implementation in the inputs' own type, eps that
-type's machine epsilon. The last term is for attention only: a score of size s is known to eps · s, which moves
-weights by that share; torch's own scaled_dot_product_attention needs it.
-"""
+"""Holding results to the error rule, anima_fast/reference/error_rule.py."""
 
 from __future__ import annotations
 
 import torch
 
-
-def error_bound(
-    oracle: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype, score: float = 0.0, value: float = 0.0
-) -> float:
-    """The largest allowed |out - oracle|; `score` and `value` are max|score| and max|v| of an attention."""
-    if oracle.numel() == 0:
-        return 0.0
-    eps = torch.finfo(dtype).eps
-    lost = float((reference.double() - oracle).abs().max())
-    return 2 * lost + 2 * eps * float(oracle.abs().max()) + eps * score * value
+from anima_fast.reference.error_rule import error_bound
 
 
 def assert_error_rule(
@@ -34,7 +18,7 @@ def assert_error_rule(
 ) -> None:
     """Fail, saying `what` broke it, where `out` misses the error rule or holds a NaN that the oracle lacks."""
     assert out.shape == oracle.shape, f"{what}: shape {list(out.shape)}, expected {list(oracle.shape)}"
-    bound = error_bound(oracle, reference, out.dtype, score, value)
+    bound = error_bound(oracle, reference, out.dtype, score=score, value=value)
     error = (out.double() - oracle).abs()
     wrong = (error > bound) | (out.isnan() & ~oracle.isnan())
     if bool(wrong.any()):

@@ -52,7 +52,7 @@ def region_plans(draw, keys: int):
         "pads": draw(st.sampled_from(["fold", "fold", "strip"])),
     }
     if options["mode"] == "hard" and draw(st.booleans()):
-        options["hard_value"] = draw(st.sampled_from([-80.0, -28.0, 0.0, -1e30]))
+        options["hard_value"] = draw(st.sampled_from([-80.0, -28.0, 0.0, -1e4]))
     if regions and draw(st.booleans()):
         options["region_strengths"] = [draw(st.sampled_from([1.0, 0.0, 0.5, 2.0])) for _ in range(regions)]
     if regions and draw(st.booleans()):

@@ -13,7 +13,7 @@ from strategies import region_plans
 
 import anima_fast
 from anima_fast import BoundPlan, RegionPlan
-from anima_fast.plan import iterate_groups
+from anima_fast.bound_plan import iterate_groups
 
 INF = math.inf
 

@@ -256,6 +256,22 @@ def test_a_finite_hard_value_is_never_skipped(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [-1e30, -3.4e38])
+def test_a_bias_that_swallows_the_scores_gives_finite_results(backend, value):
+    """Masks are often made of the type's lowest number. Where it is everywhere, no weight may exceed 1."""
+    case = quadrants(pads=3)
+    bias = torch.full((256, 80), value)
+    bias[:128, :20] = 0
+    plan = RegionPlan.from_bias(bias, grid=(1, 16, 16))
+    out = regional_attention(40 * case.q, case.k, case.v, plan, backend=backend)
+    assert bool(out.isfinite().all()) and float(out.abs().max()) <= float(case.v.abs().max()) * 1.0001
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        40 * case.q[:, :, :128], case.k[:, :, :20], case.v[:, :, :20]
+    )
+    torch.testing.assert_close(out[:, :, :128], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 def test_nan_and_infinity_in_the_input_are_not_hidden(backend, where):
     case = quadrants(mode="hard", grid=(1, 16, 16))

@@ -1,7 +1,7 @@
 """The Triton kernel of regional attention, run by Triton's interpreter, against the formulas in float64.
 
-Every tensor the kernel is given lies inside NaN: before, after and between the rows of q, k, v, bias and out, in rows of
-k that no segment names, and in the output before it is written. One NaN that comes through is an access out of place.
+Every tensor the kernel is given lies inside NaN: before, after and between the rows of q, k, v, bias and out, in rows
+of k that no segment names, in the output before it is written. A NaN that comes through is an access out of place.
 """
 
 import math
@@ -21,7 +21,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def guarded(shape, dtype, permute=(0, 1, 2, 3)):
-    """(view, buffer): a NaN view with unit last stride and a NaN border on every side, laid out in `permute` order."""
+    """(view, buffer): a NaN view with unit last stride and a NaN border all around, in memory in `permute` order."""
     buffer = torch.full([shape[axis] + 2 for axis in permute], NAN, dtype=dtype)
     view = buffer[tuple(slice(1, -1) for _ in permute)]
     return view.permute([permute.index(axis) for axis in range(len(shape))]), buffer
@@ -89,8 +89,8 @@ class Case:
     """A call: what it is made of, filled with seeded random numbers; `check()` runs and compares it."""
 
     def __init__(
-        self, combine="logit", dtype=torch.float32, *, segments=(((0, 40, 9), (40, 77, 0)),), plan_index=(0,), H=2,
-        Hk=None, Nq=None, D=32, scale=None, bias="soft", order=False, lse=True, layout=(0, 2, 1, 3), seed=0,
+        self, combine="logit", dtype=torch.float32, *, segments=(((0, 40, 9), (40, 77, 0)),), plan_index=(0,),
+        H=2, Hk=None, Nq=None, D=32, scale=None, bias="soft", order=False, lse=True, layout=(0, 2, 1, 3), seed=0,
     ):  # fmt: skip
         self.combine, self.dtype = combine, dtype
         config = kernel.find_config(combine, dtype, D, kernel.INTERPRETER_CAPABILITY)
@@ -143,9 +143,7 @@ class Case:
 
     @property
     def plan(self):
-        return SimpleNamespace(
-            bias=self.bias, order=self.order, segments=self.segments, plan_index=self.plan_index
-        )
+        return SimpleNamespace(bias=self.bias, order=self.order, segments=self.segments, plan_index=self.plan_index)
 
     def run(self):
         kernel.regional_attention(
@@ -177,11 +175,12 @@ COMBINES = pytest.mark.parametrize("combine", kernel.COMBINES)
     ("combine", "variant"), [(combine, v) for combine in kernel.COMBINES for v in kernel.VARIANTS[combine]]
 )
 def test_every_variant(combine, variant, dtype):
-    """Each set of compile-time switches, with two plans in one batch, grouped heads and a segment that is only pads."""
+    """Each set of compile-time switches, with two plans in a batch, grouped heads and a segment of only pads."""
     segments = (((2, 35, 4), (35, 36, 0), (0, 0, 7)), ((0, 40, 0),))
     bias = "hard" if variant.has_order else "soft" if variant.has_bias else "none"
     case = Case(
-        combine, dtype, segments=segments, plan_index=(1, 0), Hk=1, bias=bias, order=variant.has_order, lse=variant.has_lse
+        combine, dtype, segments=segments, plan_index=(1, 0), Hk=1,
+        bias=bias, order=variant.has_order, lse=variant.has_lse,
     )  # fmt: skip
     assert (case.bias.numel() > 0, case.order.numel() > 0, case.lse is not None) == variant
     case.check()
@@ -195,8 +194,7 @@ def table_rows():
             rows.setdefault((combine, dtype, width, config), divmod(arch, 10))
     names = ("-".join(map(str, (combine, dtype, width, *config))) for combine, dtype, width, config in rows)
     return [
-        pytest.param(*row, capability, id=name)
-        for (row, capability), name in zip(rows.items(), names, strict=True)
+        pytest.param(*row, capability, id=name) for (row, capability), name in zip(rows.items(), names, strict=True)
     ]
 
 
@@ -205,9 +203,7 @@ def test_every_configuration(monkeypatch, combine, dtype, D, config, capability)
     monkeypatch.setattr(kernel, "INTERPRETER_CAPABILITY", capability)
     assert kernel.find_config(combine, dtype, D, capability) == config
     n = config.block_n
-    Case(
-        combine, dtype, segments=(((0, n + 1, 3), (n + 1, n + 9, 0)),), D=D, H=1, bias="hard", order=True
-    ).check()
+    Case(combine, dtype, segments=(((0, n + 1, 3), (n + 1, n + 9, 0)),), D=D, H=1, bias="hard", order=True).check()
 
 
 @COMBINES
@@ -245,7 +241,7 @@ def test_segments(combine, name):
     n = kernel.find_config(combine, torch.float32, 32, kernel.INTERPRETER_CAPABILITY).block_n
     case = Case(combine, segments=[segment_lists(n)[name]], H=1)
     case.check()
-    if "pads only" == name or "nothing" in name:
+    if name == "pads only" or "nothing" in name:
         assert (case.run() == 0).all()
     if "nothing" in name and combine == "logit":
         assert (case.lse == -INF).all()
@@ -271,7 +267,7 @@ def test_scale(combine, scale):
 
 @pytest.mark.parametrize("lse", [True, False])
 def test_scores_far_below_zero(lse):
-    """A key tile's tail is read as zeros: a score of 0 where the real ones are near -1000 would empty the row."""
+    """The tail of a key tile reads as zeros: a score of 0 among scores near -1000 would empty the row."""
     case = Case(Nq=11, H=1, D=16, bias="none", scale=30.0, lse=lse, segments=[[(0, 33, 0)]])
     case.q.fill_(2.0)
     case.k[:, :, :33] = -1.0 + 0.001 * case.k[:, :, :33]
@@ -290,9 +286,7 @@ def test_row_that_excludes_every_segment(order):
 @COMBINES
 def test_any_permutation_is_an_order(combine):
     """The order decides what can be skipped, never the result."""
-    case = Case(
-        combine, bias="hard", order=True, Nq=150, plan_index=(1, 0), segments=[[(0, 20, 3), (20, 40, 0)]] * 2
-    )
+    case = Case(combine, bias="hard", order=True, Nq=150, plan_index=(1, 0), segments=[[(0, 20, 3), (20, 40, 0)]] * 2)
     for p in range(2):
         case.order[p] = torch.randperm(150, generator=torch.Generator().manual_seed(p))
     case.check()
@@ -321,7 +315,7 @@ def test_nan_stays_in_its_row(combine, source):
 
 @COMBINES
 def test_excluded_segments_are_not_read(combine):
-    """Two segments, each met by one half of the queries; the keys of the second are NaN. Sorted, whole tiles miss it."""
+    """Half of the queries meet the second segment, whose keys are NaN. Sorted, the tiles of the others miss it."""
     block_m = kernel.find_config(combine, torch.float32, 32, kernel.INTERPRETER_CAPABILITY).block_m
     case = Case(combine, bias="hard", order=True, Nq=2 * block_m, segments=[[(0, 20, 3), (20, 40, 0)]])
     on, off = (1.0, 0.0) if combine == "blend" else (0.0, -INF)

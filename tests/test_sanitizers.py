@@ -65,7 +65,9 @@ def test_regional_attention(flags, calls, tmp_path):
 def test_the_sanitizers_are_alive(tmp_path):
     """A build with a planted one-too-far write fails, so that a pass above means something."""
     source = tmp_path / "bug.cpp"
-    source.write_text("#include <vector>\nint main(int c, char**) { std::vector<int> v(c); v.data()[c] = 1; return 0; }\n")
+    source.write_text(
+        "#include <vector>\nint main(int c, char**) { std::vector<int> v(c); v.data()[c] = 1; return 0; }\n"
+    )
     program = tmp_path / "bug"
     run([COMPILER, "-fsanitize=address", "-g", str(source), "-o", str(program)])
     done = subprocess.run([str(program)], capture_output=True, text=True)

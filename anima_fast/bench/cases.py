@@ -20,10 +20,11 @@ from collections.abc import Callable
 
 import torch
 
+from ..bound_plan import BoundPlan
 from ..errors import invalid
-from ..plan import BoundPlan, RegionPlan
+from ..plan import RegionPlan
 
-__all__ = ["DTYPES", "LAYOUTS", "MODES", "Case", "Problem", "region_masks", "token_grid"]
+__all__ = ["DTYPES", "LAYOUTS", "MODES", "Case", "Problem", "padded_problem", "region_masks", "token_grid"]
 
 MODES = ("soft_log", "hard", "blend", "plain")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -44,7 +45,7 @@ def token_grid(width: int, height: int) -> tuple[tuple[int, int, int], tuple[flo
         >>> token_grid(1000, 1024)
         ((1, 64, 63), (64.0, 62.5))
     """
-    rows, columns = (-(-(-(-pixels // 8)) // 2) for pixels in (height, width))
+    rows, columns = (math.ceil(math.ceil(pixels / 8) / 2) for pixels in (height, width))
     return (1, rows, columns), (height / 16, width / 16)
 
 
@@ -88,61 +89,35 @@ class Case:
     def region_count(self) -> int:
         return LAYOUTS[self.layout][0] or self.regions or 8
 
-    @property
-    def queries(self) -> int:
-        return math.prod(token_grid(self.width, self.height)[0])
-
-    @property
-    def prompts(self) -> int:
-        """S, the prompts in the context."""
-        return {"plain": 1, "blend": self.region_count + 1}.get(self.mode, self.region_count)
-
-    @property
-    def padded_mask_bytes(self) -> int:
-        """A materialised mask over all keys, in the inputs' type: what the memory of others is compared with."""
-        return self.queries * self.prompts * self.pad_to * DTYPES[self.dtype].itemsize
-
     def __str__(self) -> str:
         regions = "no regions" if self.mode == "plain" else f"{self.layout} ({self.region_count} regions)"
         return (
-            f"{self.mode}, {self.width}x{self.height}, {regions}, {self.prompts} x {self.tokens} tokens padded to "
+            f"{self.mode}, {self.width}x{self.height}, {regions}, {self.tokens} tokens a prompt padded to "
             f"{self.pad_to}, H {self.heads}, D {self.head_dim}, {self.dtype}, {self.device}"
         )
 
     def build(self) -> Problem:
         """The tensors and the bound plan of this case; the same ones each time."""
-        generator = torch.Generator().manual_seed(0)
-
-        def memory(rows: int) -> torch.Tensor:
-            return torch.randn(1, rows, self.heads, self.head_dim, generator=generator)
-
-        q, k, v = memory(self.queries), memory(self.prompts * self.pad_to), memory(self.prompts * self.pad_to)
-        for prompt in range(self.prompts):
-            pads = slice(prompt * self.pad_to + self.tokens, (prompt + 1) * self.pad_to)
-            k[:, pads] = 0
-            v[:, pads] = 0
-        q, k, v = (x.to(self.device, DTYPES[self.dtype]).transpose(1, 2) for x in (q, k, v))
-        return Problem(self, q, k, v, self._plan())
-
-    def _plan(self) -> BoundPlan:
-        pads = self.pad_to - self.tokens
-        ranges = [(s * self.pad_to, s * self.pad_to + self.tokens) for s in range(self.prompts)]
+        tokens, pads = self.tokens, self.pad_to - self.tokens
         if self.mode == "plain":
-            plan = RegionPlan.plain(self.tokens, pads)
-        elif self.mode == "blend":
+            plan = RegionPlan.plain(tokens, pads)
+        else:
+            count = self.region_count
+            blend = self.mode == "blend"
             plan = RegionPlan.from_masks(
                 self._masks(),
-                ranges[:-1],
-                pad_counts=[pads] * (self.prompts - 1),
-                base_range=ranges[-1],
-                base_pad_count=pads,
+                [(i * tokens, (i + 1) * tokens) for i in range(count)],
+                pad_counts=[pads] * count,
+                base_range=(count * tokens, (count + 1) * tokens) if blend else None,
+                base_pad_count=pads if blend else 0,
                 base_weight=_BASE_WEIGHT,
-                combine="blend",
+                mode="soft_log" if blend else self.mode,
+                combine="blend" if blend else "logit",
             )
-        else:
-            plan = RegionPlan.from_masks(self._masks(), ranges, pad_counts=[pads] * self.prompts, mode=self.mode)
-        grid, canvas = token_grid(self.width, self.height)
-        return plan.bind(grid, canvas, device=self.device)
+        size = (self.width, self.height)
+        return padded_problem(
+            str(self), plan, size, heads=self.heads, head_dim=self.head_dim, dtype=self.dtype, device=self.device
+        )
 
     def _masks(self) -> list[torch.Tensor]:
         # A quarter of the picture's resolution is finer than its tokens by four.
@@ -151,26 +126,75 @@ class Case:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
-    """A case with its tensors. `plan` has one segment a prompt; its pads are the zero rows of k and v."""
+    """Tensors, the bound plan, and which of `MODES` it is. The pads of the plan are zero rows of k and v, which follow
+    their prompt's tokens."""
 
-    case: Case
+    title: str
+    mode: str
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     plan: BoundPlan
 
     @property
+    def spans(self) -> list[tuple[int, int, int]]:
+        """(start, end of the tokens, end of the pads) of each prompt, as rows of k."""
+        return [(start, end, end + pads) for start, end, pads in self.plan.segments]
+
+    @property
     def rows(self) -> torch.Tensor:
         """`[S, Nq]` bias (or blend weight) of each prompt and query, float32; zeros where nothing is biased."""
         bias = self.plan.tensors.bias[0]
-        return bias if bias.shape[1] else bias.new_zeros(self.case.prompts, self.case.queries)
+        return bias if bias.shape[1] else bias.new_zeros(bias.shape[0], self.plan.queries)
+
+    @property
+    def padded_mask_bytes(self) -> int:
+        """A materialised mask over all rows of k, in the inputs' type: what memory is compared with."""
+        return self.plan.queries * self.k.shape[2] * self.q.element_size()
 
     @functools.cached_property
     def plain(self) -> Problem:
         """The first prompt alone: attention without regions."""
-        case = dataclasses.replace(self.case, mode="plain")
-        k, v = self.k[:, :, : case.pad_to], self.v[:, :, : case.pad_to]
-        return Problem(case, self.q, k, v, case._plan())
+        start, end, pads_end = self.spans[0]
+        plan = RegionPlan.plain(end - start, pads_end - end).bind(self.plan.grid, device=self.plan.device)
+        k, v = self.k[:, :, start:pads_end], self.v[:, :, start:pads_end]
+        return Problem(f"{self.title}: first prompt alone", "plain", self.q, k, v, plan)
+
+
+def padded_problem(
+    title: str,
+    plan: RegionPlan,
+    size: tuple[int, int],
+    *,
+    heads: int = 16,
+    head_dim: int = 128,
+    dtype: str = "fp32",
+    device: str = "cpu",
+) -> Problem:
+    """Attention under a plan for a picture of `size` (width, height) pixels, with random q, k and v.
+
+    The prompts are laid out anew, each followed by its pads as zero rows.
+    """
+    row = 0
+    ranges, pads = [], []
+    prompts = [*zip(plan.token_ranges, plan.pad_counts, strict=True)]
+    if plan.base_range is not None:
+        prompts.append((plan.base_range, plan.base_pad_count))
+    for (start, end), count in prompts:
+        ranges.append((row, row + end - start))
+        pads.append((row + end - start, row + end - start + count))
+        row = pads[-1][1]
+    base = ranges.pop() if plan.base_range is not None else None
+    plan = dataclasses.replace(plan, token_ranges=tuple(ranges), base_range=base)
+    grid, canvas = token_grid(*size)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, heads, head_dim, generator=generator) for n in (math.prod(grid), row, row))
+    for start, end in pads:
+        k[:, start:end] = 0
+        v[:, start:end] = 0
+    q, k, v = (x.to(device, DTYPES[dtype]).transpose(1, 2) for x in (q, k, v))
+    mode = "plain" if not plan.masks else "blend" if plan.combine == "blend" else plan.mode
+    return Problem(title, mode, q, k, v, plan.bind(grid, canvas, device=device))
 
 
 def region_masks(layout: str, count: int, size: tuple[int, int]) -> list[torch.Tensor]:

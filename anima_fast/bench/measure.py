@@ -1,10 +1,7 @@
 """Measuring contenders on a case: first correct, then fast.
 
 Each contender is prepared, called once (cold: loading and compiling included) and its result held to the error rule
-
-    max|out - oracle64| <= 2 max|reference - oracle64| + 2 eps max|oracle64| + eps max|score| max|v|
-
-where the oracle is the `reference` backend in fp64 on the *padded* problem, in which pads are ordinary rows: folding
+(anima_fast/reference/error_rule.py), where the oracle is the `reference` backend in fp64 on the *padded* problem, in which pads are ordinary rows: folding
 them is checked too. What fails is not timed. The others are timed in rounds, one call of each a round, so that all of
 them meet the same machine; the figure is the median of the rounds. Each call allocates its output anew.
 
@@ -27,13 +24,14 @@ from typing import Any
 
 import torch
 
-from ..plan import PlanTensors
+from ..bound_plan import PlanTensors
+from ..reference.error_rule import error_bound
 from ..reference.regional_attention import regional_attention as reference_attention
-from .cases import Case, Problem
+from .cases import Problem
 from .machine import describe
 from .peers import Contender, Prepared
 
-__all__ = ["FORMAT", "Oracle", "Result", "measure_case", "peak_bytes", "report"]
+__all__ = ["FORMAT", "Oracle", "Result", "measure", "peak_bytes", "report"]
 
 FORMAT = "anima_fast.bench.attention/1"
 
@@ -70,13 +68,13 @@ class Result:
             return None
         return self.peak_bytes + self.held_bytes
 
-    def as_dict(self, case: Case) -> dict[str, Any]:
+    def as_dict(self, problem: Problem) -> dict[str, Any]:
         extra = self.extra_bytes
         return {
             **dataclasses.asdict(self),
             "median_ms": self.median_ms,
             "extra_bytes": extra,
-            "share_of_padded_mask": None if extra is None else extra / case.padded_mask_bytes,
+            "share_of_padded_mask": None if extra is None else extra / problem.padded_mask_bytes,
         }
 
 
@@ -91,16 +89,14 @@ class Oracle:
         self.heads = torch.tensor(heads, device=q.device)
         self.queries = torch.cat([queries, queries.new_tensor([q.shape[2] - 1])]).unique()
         self.expected = self._attend(problem, torch.float64)
-        same = self._attend(problem, q.dtype).double()
+        same = self._attend(problem, q.dtype)
         scores = q[:, self.heads][:, :, self.queries[:256]].double() @ k[:, self.heads].double().transpose(2, 3)
-        largest = float(scores.abs().max()) * q.shape[3] ** -0.5 * float(v.abs().max())
-        eps = torch.finfo(q.dtype).eps
-        lost = float((same - self.expected).abs().max())
-        self.bound = 2 * lost + 2 * eps * float(self.expected.abs().max()) + eps * largest
+        score = float(scores.abs().max()) * q.shape[3] ** -0.5
+        self.bound = error_bound(self.expected, same, q.dtype, score=score, value=float(v.abs().max()))
 
     def _attend(self, problem: Problem, dtype: torch.dtype) -> torch.Tensor:
-        t, case = problem.plan.tensors, problem.case
-        segments = [x for s in range(case.prompts) for x in (s * case.pad_to, (s + 1) * case.pad_to, 0)]
+        t = problem.plan.tensors
+        segments = [x for start, _, end in problem.spans for x in (start, end, 0)]
         k, v = (x[:, self.heads].to(dtype) for x in (problem.k, problem.v))
         parts = []
         for rows in self.queries.split(1024):
@@ -135,17 +131,16 @@ class Oracle:
         return error, bound, None if error <= bound else f"error {error:.3g} exceeds {bound:.3g}"
 
 
-def measure_case(
-    case: Case, contenders: Sequence[Contender], rounds: int, progress: Progress = lambda what: None
+def measure(
+    problem: Problem, contenders: Sequence[Contender], rounds: int, progress: Progress = lambda what: None
 ) -> list[Result]:
-    """Check and time the contenders that compute this case's mode; `progress` hears of each step."""
-    problem = case.build()
+    """Check and time the contenders that compute this problem's mode; `progress` hears of each step."""
     oracles: dict[bool, Oracle] = {}
     results: list[Result] = []
     running: list[tuple[Result, Prepared]] = []
     with _fresh_compiler_cache(), torch.no_grad():
         for contender in contenders:
-            if case.mode not in contender.modes:
+            if problem.mode not in contender.modes:
                 continue
             progress(f"checking {contender.name}")
             result = Result(contender.name, contender.kind, contender.summary, "not executed")
@@ -155,7 +150,6 @@ def measure_case(
                 continue
             if contender.regional not in oracles:
                 oracles[contender.regional] = Oracle(problem if contender.regional else problem.plain)
-            gc.collect()
             prepared = contender.prepare(problem)
             result.cold_ms, out = _timed(prepared.call, problem.q.device)
             checked = oracles[contender.regional].check(out, problem, contender.nrmse)
@@ -168,6 +162,7 @@ def measure_case(
             result.peak_bytes = peak_bytes(prepared.call, problem.q.device)
             result.status = "measured"
             running.append((result, prepared))
+        gc.collect()  # so that no collection falls into a timed call
         for number in range(rounds):
             first = number % max(1, len(running))  # a different one each round follows the pause between rounds
             for result, prepared in running[first:] + running[:first]:
@@ -176,8 +171,8 @@ def measure_case(
     return results
 
 
-def report(cases: Sequence[tuple[Case, list[Result]]], rounds: int) -> dict[str, Any]:
-    """Everything that was measured, and on what, as plain data."""
+def report(measured: Sequence[tuple[dict[str, Any], Problem, list[Result]]], rounds: int) -> dict[str, Any]:
+    """Everything that was measured, and on what, as plain data; each problem with a description of it."""
     return {
         "format": FORMAT,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -185,14 +180,16 @@ def report(cases: Sequence[tuple[Case, list[Result]]], rounds: int) -> dict[str,
         "rounds": rounds,
         "cases": [
             {
-                **dataclasses.asdict(case),
-                "regions": case.region_count,
-                "queries": case.queries,
-                "prompts": case.prompts,
-                "padded_mask_bytes": case.padded_mask_bytes,
-                "results": [result.as_dict(case) for result in results],
+                "title": problem.title,
+                **description,
+                "mode": problem.mode,
+                "queries": problem.plan.queries,
+                "rows": problem.k.shape[2],
+                "prompts": len(problem.spans),
+                "padded_mask_bytes": problem.padded_mask_bytes,
+                "results": [result.as_dict(problem) for result in results],
             }
-            for case, results in cases
+            for description, problem, results in measured
         ],
     }
 

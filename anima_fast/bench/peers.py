@@ -134,15 +134,20 @@ def sdpa_folded(problem: Problem) -> Prepared:
     What a caller of SDPA can do without a kernel. Folding is not timed: it can be done to the context, before the
     projections to k and v.
     """
-    case = problem.case
-    pads = case.pad_to - case.tokens
-    width = case.tokens + (pads > 0)  # row `tokens` of a padded prompt is a zero row already
-    rows = torch.cat([torch.arange(width) + s * case.pad_to for s in range(case.prompts)]).to(problem.q.device)
-    k, v = (x.transpose(1, 2)[:, rows].transpose(1, 2) for x in (problem.k, problem.v))
-    bias = problem.rows if case.mode != "plain" else problem.rows[:, :1]
-    bias = bias.clamp(min=_HARD_VALUE).T.repeat_interleave(width, dim=1)
-    if pads:
-        bias[:, width - 1 :: width] += math.log(pads)
+    rows: list[int] = []
+    sinks, counts = [], []
+    for start, end, pads_end in problem.spans:
+        width = end - start + (pads_end > end)  # the first pad is the zero key
+        if pads_end > end:
+            sinks.append((len(rows) + width - 1, math.log(pads_end - end)))
+        rows += range(start, start + width)
+        counts.append(width)
+    index = torch.tensor(rows, device=problem.q.device)
+    k, v = (x.transpose(1, 2)[:, index].transpose(1, 2) for x in (problem.k, problem.v))
+    bias = problem.rows if problem.mode != "plain" else problem.rows[:, :1]
+    bias = bias.clamp(min=_HARD_VALUE).T.repeat_interleave(torch.tensor(counts, device=bias.device), dim=1)
+    for column, log_pads in sinks:
+        bias[:, column] += log_pads
     mask = bias.to(problem.q.dtype)[None, None]
     return Prepared(lambda: sdpa(problem.q, k, v, attn_mask=mask), _bytes(mask))
 
@@ -169,9 +174,7 @@ def blend_packs(problem: Problem) -> Prepared:
     ComfyUI-ppm, cgem156, prompt-control, forge-couple, krita's tooling nodes: Σ_s w_s softmax(scale q k_sᵀ) v_s. Summed
     in place, one attention after the other, which is kinder than repeating q R + 1 times along the batch.
     """
-    case = problem.case
-    spans = [slice(s * case.pad_to, (s + 1) * case.pad_to) for s in range(case.prompts)]
-    parts = [(problem.k[:, :, span], problem.v[:, :, span]) for span in spans]
+    parts = [(problem.k[:, :, start:end], problem.v[:, :, start:end]) for start, _, end in problem.spans]
     weights = problem.rows.to(problem.q.dtype)[:, :, None].contiguous()
 
     def call() -> torch.Tensor:
@@ -193,9 +196,8 @@ def flex(problem: Problem) -> Prepared:
     from torch._inductor.utils import clear_inductor_caches
     from torch.nn.attention.flex_attention import flex_attention
 
-    case = problem.case
     bias = problem.rows.contiguous()
-    prompt = torch.arange(case.prompts, device=bias.device).repeat_interleave(case.pad_to)
+    prompt = torch.arange(len(bias), device=bias.device).repeat_interleave(_lengths(problem))
 
     def score_mod(
         score: torch.Tensor, b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor
@@ -238,8 +240,8 @@ def kitchen_int8(problem: Problem) -> Prepared:
 
 
 def aligned_bias(bias: torch.Tensor) -> torch.Tensor:
-    """A copy of a bias `[..., Nq, Nk]` whose memory is as xformers wants it: rows a multiple of 8 elements apart, so that
-    `stride(-2) % 8 == 0` (its kernels refuse others)."""
+    """A copy of a bias `[..., Nq, Nk]` whose rows are a multiple of 8 elements apart in memory: `stride(-2) % 8 == 0`,
+    without which xformers' kernels refuse it."""
     keys = bias.shape[-1]
     memory = bias.new_zeros(*bias.shape[:-1], -(-keys // 8) * 8)
     memory[..., :keys] = bias
@@ -285,9 +287,14 @@ def _flex_why_not(problem: Problem) -> str | None:
 
 
 def _key_bias(problem: Problem, excluded: float) -> torch.Tensor:
-    """The materialised bias, float32 `[1, 1, Nq, S * pad_to]`, with exclusion as a number."""
+    """The materialised bias, float32 `[1, 1, Nq, Nk]`, with exclusion as a number."""
     rows = problem.rows.clamp(min=excluded)
-    return rows.T.repeat_interleave(problem.case.pad_to, dim=1)[None, None]
+    return rows.T.repeat_interleave(_lengths(problem), dim=1)[None, None]
+
+
+def _lengths(problem: Problem) -> torch.Tensor:
+    """Rows of k that each prompt has, pads included."""
+    return torch.tensor([end - start for start, _, end in problem.spans], device=problem.q.device)
 
 
 def _bytes(*tensors: torch.Tensor) -> int:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..bench.cases import MODES, Case
-from ..bench.measure import Result, measure_case, report
+from ..bench.cases import MODES, Case, Problem
+from ..bench.measure import Result, measure, report
 from ..bench.peers import Contender, backends, peers
 from ..errors import invalid
 from ..files import write_atomic
@@ -20,7 +22,7 @@ from ..files import write_atomic
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw", "run", "table"]
+__all__ = ["draw", "measure_with_bar", "run", "table"]
 
 # The oracle itself is timed only if it is named: it materialises every score.
 _NOT_BY_DEFAULT = ("reference",)
@@ -58,9 +60,11 @@ def run(options: argparse.Namespace) -> int:
         _matplotlib()
     done = []
     for case in cases:
-        done.append((case, _measure(case, contenders, options.rounds)))
+        problem = case.build()
+        results = measure_with_bar(problem, contenders, options.rounds)
+        done.append(({**dataclasses.asdict(case), "regions": case.region_count}, problem, results))
         if options.json != "-":
-            print(table(*done[-1]), end="\n\n", flush=True)
+            print(table(problem, results), end="\n\n", flush=True)
     document = report(done, options.rounds)
     if options.json == "-":
         print(json.dumps(document, indent=1))
@@ -74,24 +78,25 @@ def run(options: argparse.Namespace) -> int:
         )
     if options.plot:
         draw(document, options.plot)
-    failed = [result.name for _, results in done for result in results if result.status == "gate failed"]
+    failed = [result.name for _, _, results in done for result in results if result.status == "gate failed"]
     if failed:
         print(f"anima-fast bench: failed the gate, not timed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _measure(case: Case, contenders: list[Contender], rounds: int) -> list[Result]:
+def measure_with_bar(problem: Problem, contenders: Sequence[Contender], rounds: int) -> list[Result]:
+    """`measure` with a progress bar on a terminal."""
     from tqdm import tqdm
 
-    runs = sum(case.mode in contender.modes for contender in contenders)
+    runs = sum(problem.mode in contender.modes for contender in contenders)
     # Those that turn out not to run here leave the bar short of its end; it vanishes then.
     with tqdm(total=runs * (1 + rounds), file=sys.stderr, disable=not sys.stderr.isatty(), leave=False) as bar:
 
         def progress(what: str) -> None:
-            bar.set_description(f"{case.mode} {case.width}x{case.height}, {what}")
+            bar.set_description(f"{problem.mode}, {what}")
             bar.update()
 
-        return measure_case(case, contenders, rounds, progress)
+        return measure(problem, contenders, rounds, progress)
 
 
 def _chosen(
@@ -114,8 +119,8 @@ def _device(name: str) -> str:
     return name
 
 
-def table(case: Case, results: list[Result]) -> str:
-    """The results of one case as text: times, also as multiples of each backend's, memory, error."""
+def table(problem: Problem, results: list[Result]) -> str:
+    """The results of one problem as text: times, also as multiples of each backend's, memory, error."""
     ours = [r for r in results if r.kind == "backend" and r.median_ms is not None and r.name != "reference"]
     head = ["", "warm ms", *(f"/ {r.name}" for r in ours), "cold ms", "extra MiB", "of padded mask", "error", "allowed"]
     rows, notes = [head], []
@@ -131,13 +136,13 @@ def table(case: Case, results: list[Result]) -> str:
                 *(f"{r.median_ms / (own.median_ms or 1):.2f}x" for own in ours),
                 f"{r.cold_ms:.0f}",
                 f"{r.extra_bytes / 2**20:.1f}",
-                f"{100 * r.extra_bytes / case.padded_mask_bytes:.1f} %",
+                f"{100 * r.extra_bytes / problem.padded_mask_bytes:.1f} %",
                 f"{r.error:.1e}",
                 f"{r.bound:.1e}",
             ]
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = [str(case)]
+    lines = [problem.title]
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         lines.append("  " + "  ".join(cells))
@@ -153,6 +158,11 @@ def _matplotlib() -> Any:
     from matplotlib import pyplot
 
     return pyplot
+
+
+def _quartile(result: dict[str, Any], which: int) -> float:
+    samples = result["samples_ms"]
+    return statistics.quantiles(samples, n=4, method="inclusive")[which] if len(samples) > 1 else samples[0]
 
 
 _OURS, _PEER, _INK = "#2f6fde", "#b8bec9", "#22262e"
@@ -179,19 +189,19 @@ def draw(document: dict[str, Any], path: str) -> None:
         title = f"{case['mode']} · {case['width']}×{case['height']}{regions} · {case['dtype']} · {case['device']}"
         _bars(left, measured, "median_ms", 1, "ms", "{:.0f}")
         _bars(right, measured, "extra_bytes", 2**20, "MiB", "{:.1f}")
-        spread = [[r["median_ms"] - min(r["samples_ms"]), max(r["samples_ms"]) - r["median_ms"]] for r in measured]
+        spread = [[r["median_ms"] - _quartile(r, 0), _quartile(r, 2) - r["median_ms"]] for r in measured]
         medians = [r["median_ms"] for r in measured]
         errors = list(zip(*spread, strict=True))
         left.errorbar(medians, range(len(measured)), xerr=errors, fmt="none", ecolor=_INK, elinewidth=0.8, capsize=2)
         left.set_title(title, loc="left", fontsize=10, fontweight="bold", color=_INK)
         right.set_title("memory beyond q, k, v and the output", loc="left", fontsize=10, color=_INK)
-        left.set_xlabel("time of a call, ms: median, whiskers to the fastest and slowest", fontsize=8)
-        right.set_xlabel("MiB", fontsize=8)
+    grid[-1, 0].set_xlabel("time of a call, ms: median, whiskers to the quartiles", fontsize=8)
+    grid[-1, 1].set_xlabel("MiB", fontsize=8)
     machine = document["machine"]
     where = machine["cpu"] if cases[0]["device"] == "cpu" else machine["devices"][0]["name"]
     figure.suptitle(
         f"{where}, {machine['threads']} threads, torch {machine['torch']}, {document['rounds']} rounds, "
-        f"{document['date'][:10]}",
+        f"{document['date'][:10]}. Blue: backends of anima_fast; grey: what people use today",
         fontsize=8,
         color="#6b7280",
     )
@@ -204,9 +214,9 @@ def _bars(axes: Axes, results: list[dict[str, Any]], key: str, unit: float, name
     colours = [_OURS if r["kind"] == "backend" else _PEER for r in results]
     axes.barh(range(len(values)), values, color=colours, height=0.72)
     axes.set_yticks(range(len(values)), [r["name"] for r in results], fontsize=9)
-    longest = max(max(r["samples_ms"]) for r in results) if key == "median_ms" else max(values)
-    for position, (value, result) in enumerate(zip(values, results, strict=True)):
-        end = max(result["samples_ms"]) if key == "median_ms" else value
+    ends = [_quartile(r, 2) for r in results] if key == "median_ms" else values
+    longest = max(ends)
+    for position, (value, end) in enumerate(zip(values, ends, strict=True)):
         text = f"{form.format(value)} {name}"
         axes.text(end + 0.012 * longest, position, text, va="center", fontsize=8, color=_INK)
     axes.set_xlim(0, 1.18 * (longest or 1))

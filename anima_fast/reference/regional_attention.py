@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from ..plan import PlanTensors
+from ..bound_plan import PlanTensors
 
 
 def regional_attention(

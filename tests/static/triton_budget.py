@@ -30,17 +30,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-# The machine code of before must not stand in for what the compiler makes now.
-_cache = tempfile.TemporaryDirectory(prefix="triton_budget")
-os.environ["TRITON_CACHE_DIR"] = _cache.name
-os.environ.pop("TRITON_INTERPRET", None)
+os.environ["TRITON_INTERPRET"] = "0"  # read when triton is imported
 
 import torch
 import triton
+from anima_fast.kernels import regional_attention as kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from anima_fast.kernels import regional_attention as kernel
 
 TABLE = Path(__file__).with_suffix(".json")
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -115,7 +111,11 @@ def measure_all(items: list[kernel.Shipped], jobs: int) -> dict[str, dict]:
     baseline = {item: item._replace(combine="logit", variant=UNBIASED) for item in items}
     # What differs in nothing the compiler sees is compiled once.
     todo = list(dict.fromkeys([*items, *baseline.values()]))
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+    with (
+        # Machine code of before must not stand in for what the compiler makes now.
+        tempfile.TemporaryDirectory(prefix="triton_budget") as os.environ["TRITON_CACHE_DIR"],
+        multiprocessing.get_context("spawn").Pool(jobs) as pool,
+    ):
         done = dict(zip(todo, pool.imap(measure, todo, chunksize=4), strict=True))
     rows = {}
     for item in items:
@@ -173,16 +173,14 @@ def main() -> int:
     parser.add_argument("--update", action="store_true", help="write the table")
     parser.add_argument("--quick", action="store_true", help="a sample, where that is enough")
     parser.add_argument("--jobs", type=int, default=2, help="compilations at a time (default 2)")
-    parser.add_argument(
-        "--only", default="", help="a regular expression over names such as 'sm_90 blend bf16 D128'"
-    )
+    parser.add_argument("--only", default="", help="a regular expression over names such as 'sm_90 blend bf16 D128'")
     args = parser.parse_args()
 
     items = list(kernel.shipped())
     made_by = {"triton": triton.__version__, "fingerprint": fingerprint(items)}
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {"rows": {}}
     if args.quick and all(table.get(key) == value for key, value in made_by.items()):
-        # The compiler is a function: the same source gives the same rows. The largest kernels of one width check that.
+        # The compiler is a function: this source gave these rows. The largest kernels of one width show it still does.
         largest = [kernel.VARIANTS[combine][0] for combine in kernel.COMBINES]
         items = [i for i in items if i.variant in largest and i.block_d == 128 and i.dtype == torch.bfloat16]
     items = [item for item in items if re.search(args.only, name(item))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...plan import PlanTensors
+from ...bound_plan import PlanTensors
 from . import extension
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}

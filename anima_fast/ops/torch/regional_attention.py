@@ -8,9 +8,9 @@ zero key whose bias is log P: exp(b + log P) = P e^b is exactly what P zero keys
     logit   softmax(scale·q [K_1 … K_S]ᵀ + b) [V_1 … V_S]       per chunk of queries
     blend   Σ_s w_s softmax(scale·q K_sᵀ + (0 … log P)) V_s
 
-On a CPU this is two batched matmuls around a softmax in place, in fp32, on at most `_CPU_SCORES` scores; on
-other devices torch's scaled_dot_product_attention with the bias of a chunk as its mask. The largest temporary
-does not grow with Nq.
+On a CPU this is two batched matmuls around a softmax in place, in fp32, a few heads at a time; on other devices
+torch's scaled_dot_product_attention with the bias of a chunk as its mask. The largest temporary does not grow
+with Nq.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from typing import NamedTuple
 
 import torch
 
-from ...plan import PlanTensors, iterate_groups
+from ...bound_plan import PlanTensors, iterate_groups
 
-# Scores of one chunk, H·C·n: 2 MiB of fp32 stays in a CPU's caches.
-_CPU_SCORES = 512 * 1024
-# Mask entries of one chunk, C·n, on other devices: larger chunks fill their cores.
-_DEVICE_MASK = 4 * 1024 * 1024
+# Temporaries of one chunk on a CPU, in floats (6 MiB), and the heads that share it: larger chunks mean fewer
+# operations, each a barrier for all threads; fewer heads a smaller copy of K and V.
+_CPU_CHUNK = 1536 * 1024
+_CPU_HEADS = 8
+# Mask entries of one chunk on other devices: larger chunks fill their cores.
+_DEVICE_CHUNK = 4 * 1024 * 1024
 
 # Distinct allowed sets explode with overlaps (16 circles: over 100). A group is merged with its neighbour in the
 # plan's order while that reads fewer extra (query, key) pairs than this: what starting another group costs.
@@ -57,6 +59,21 @@ class _Folded(NamedTuple):
     sinks: tuple[tuple[int, float], ...]
 
 
+class _Rows(NamedTuple):
+    """Some heads of one row of the batch: q, out [H, Nq, D], k, v [Hk, Nk, D], lse [H, Nq], mask [H, Nq, Nk]; and
+    the plan it uses: bias [S, Nq], order [Nq], the segments' numbers."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor | None
+    mask: torch.Tensor | None
+    bias: torch.Tensor | None
+    order: torch.Tensor | None
+    numbers: tuple[int, ...]
+
+
 def regional_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -71,65 +88,113 @@ def regional_attention(
 ) -> None:
     """Write attention of every row under its plan to `out`, and the log of its denominator to `lse`."""
     matmuls = _prefers_matmuls(q.device) or lse is not None
-    attend = _attend_matmul if matmuls else _attend_sdpa
-    compute = torch.float32 if matmuls else q.dtype
-    size = plan.segments.shape[1]
     for row, index in enumerate(plan.plan_index_host):
-        numbers = plan.segments_host[3 * size * index : 3 * size * (index + 1)]
-        bias = plan.bias[index] if plan.bias.shape[2] else None
-        for group in _groups(plan.groups_host, index, numbers):
-            parts = [group.segments] if combine == "logit" else [(s,) for s in group.segments]
-            folded = [_fold(k[row], v[row], part, numbers, q.shape[1], compute) for part in parts]
-            if matmuls:  # in fp32, where it costs no accuracy: once here instead of in every chunk
-                folded = [part._replace(keys=part.keys * scale) for part in folded]
-            widest = max(part.keys.shape[2] for part in folded)
-            chunk = max(16, _CPU_SCORES // (q.shape[1] * widest) if matmuls else _DEVICE_MASK // widest)
-            for start in range(group.start, group.end, chunk):
-                end = min(start + chunk, group.end)
-                where = plan.order[index, start:end].long() if plan.order.shape[1] else slice(start, end)
-                queries = q[row][:, where].to(compute)
-                in_place = isinstance(where, slice) and out.dtype == compute and len(parts) == 1
-                result = out[row][:, where] if in_place else torch.empty_like(queries)
-                log = None
-                for i, (segments, part) in enumerate(zip(parts, folded, strict=True)):
-                    added = None
-                    if combine == "logit" and bias is not None and not group.flat:
-                        added = bias[:, where].T[:, part.owner] + part.sink
-                    empty = None
-                    if mask is not None:
-                        added, empty = _add_mask(mask[row][:, where], added, part)
-                    to = result if i == 0 else torch.empty_like(result)
-                    log = attend(queries, part, added, scale, to, lse is not None)
-                    if empty is not None:
-                        to.masked_fill_(empty[..., None], 0)
-                        log = None if log is None else log.masked_fill(empty, -torch.inf)
-                    if combine == "blend" and bias is not None and len(parts) > 1:
-                        to *= bias[segments[0]][where][:, None].to(to.dtype)
-                    if i > 0:
-                        result += to
-                if not in_place:
-                    _write(out[row], where, result)
-                if lse is not None:
-                    _write(lse[row], where, log)
+        for heads, kv_heads in _head_blocks(q.shape[1], k.shape[1], matmuls):
+            rows = _Rows(
+                q[row, heads],
+                k[row, kv_heads],
+                v[row, kv_heads],
+                out[row, heads],
+                None if lse is None else lse[row, heads],
+                None if mask is None else mask[row, heads],
+                plan.bias[index] if plan.bias.shape[2] else None,
+                plan.order[index] if plan.order.shape[1] else None,
+                _numbers(plan, index),
+            )
+            for group in _groups(plan.groups_host, index, rows.numbers):
+                _attend_group(rows, group, scale, combine, matmuls)
+
+
+def _attend_group(rows: _Rows, group: _Group, scale: float, combine: str, matmuls: bool) -> None:
+    """The queries of one group, chunk by chunk."""
+    compute = torch.float32 if matmuls else rows.q.dtype
+    attend = _attend_matmul if matmuls else _attend_sdpa
+    parts = _parts(group, combine)
+    folded = [_fold(rows.k, rows.v, part, rows.numbers, rows.q.shape[0], compute) for part in parts]
+    if matmuls:  # in fp32, where it costs no accuracy: once here instead of in every chunk
+        for part in folded:
+            part.keys.mul_(scale)
+    chunk = _chunk(rows.q, rows.numbers, parts, matmuls)
+    for start in range(group.start, group.end, chunk):
+        end = min(start + chunk, group.end)
+        where = slice(start, end) if rows.order is None else rows.order[start:end].long()
+        queries = rows.q[:, where].to(compute)
+        in_place = rows.order is None and rows.out.dtype == compute and len(parts) == 1
+        result = rows.out[:, where] if in_place else torch.empty_like(queries)
+        log = None
+        for i, (segments, part) in enumerate(zip(parts, folded, strict=True)):
+            added = None
+            if combine == "logit" and rows.bias is not None and not group.flat:
+                added = rows.bias[:, where].T[:, part.owner].add_(part.sink)
+            empty = None
+            if rows.mask is not None:
+                added, empty = _add_mask(rows.mask[:, where], added, part)
+            to = result if i == 0 else torch.empty_like(result)
+            log = attend(queries, part, added, scale, to, rows.lse is not None)
+            if empty is not None:
+                to.masked_fill_(empty[..., None], 0)
+                log = None if log is None else log.masked_fill(empty, -torch.inf)
+            if combine == "blend" and rows.bias is not None and len(parts) > 1:
+                to *= rows.bias[segments[0]][where][:, None].to(to.dtype)
+            if i > 0:
+                result += to
+        if not in_place:
+            _write(rows.out, where, result)
+        if rows.lse is not None:
+            _write(rows.lse, where, log)
 
 
 def _prefers_matmuls(device: torch.device) -> bool:
-    """Two matmuls beat torch's fused attention on a CPU (1.2x there), and not on a device with fused kernels."""
+    """Two matmuls beat torch's fused attention on a CPU, in time and memory; elsewhere it has fused kernels."""
     return device.type == "cpu"
 
 
+def _head_blocks(heads: int, kv_heads: int, matmuls: bool) -> list[tuple[slice, slice]]:
+    """The heads of q and of k that are taken together."""
+    group = heads // kv_heads
+    step = max(1, _CPU_HEADS // group) if matmuls else kv_heads
+    return [
+        (slice(first * group, (first + step) * group), slice(first, first + step)) for first in range(0, kv_heads, step)
+    ]
+
+
+def _parts(group: _Group, combine: str) -> list[tuple[int, ...]]:
+    """The segments that share a softmax: all (logit), or each its own (blend)."""
+    return [group.segments] if combine == "logit" else [(s,) for s in group.segments]
+
+
+def _chunk(q: torch.Tensor, numbers: tuple[int, ...], parts: list[tuple[int, ...]], matmuls: bool) -> int:
+    """Queries of one chunk, so that its scores, its bias and the copies of q and of the result fit the budget."""
+    widest = max(sum(_width(numbers, s) for s in part) for part in parts)
+    if not matmuls:
+        return max(16, _DEVICE_CHUNK // widest)
+    return max(16, _CPU_CHUNK // (q.shape[0] * (widest + 2 * q.shape[-1]) + widest))
+
+
 def workspace_bytes(q: torch.Tensor, plan: PlanTensors, *, combine: str) -> int:
-    """Bytes of temporaries of a call, at most: one group's keys and values, and a chunk's scores and results."""
-    heads, head_dim = q.shape[1], q.shape[3]
-    size, most = plan.segments.shape[1], 0
+    """Bytes of temporaries of a call on a CPU, at most: some heads' keys and values, and a chunk's scores, bias and
+    results."""
+    most = 0
+    head_dim = q.shape[3]
+    heads, _ = _head_blocks(q.shape[1], q.shape[1], True)[0]
+    some = q[0, heads]
     for index in set(plan.plan_index_host):
-        numbers = plan.segments_host[3 * size * index : 3 * size * (index + 1)]
+        numbers = _numbers(plan, index)
         for group in _groups(plan.groups_host, index, numbers):
-            n = sum(_width(numbers, s) for s in group.segments)
-            widest = n if combine == "logit" else max(_width(numbers, s) for s in group.segments)
-            chunk = min(max(16, _CPU_SCORES // (heads * widest)), group.end - group.start)
-            most = max(most, 2 * heads * n * head_dim + heads * chunk * (widest + 4 * head_dim) + chunk * widest)
-    return 4 * most
+            parts = _parts(group, combine)
+            keys = sum(_width(numbers, s) for s in group.segments)
+            widest = max(sum(_width(numbers, s) for s in part) for part in parts)
+            chunk = min(_chunk(some, numbers, parts, True), group.end - group.start)
+            copies = 0 if plan.order.shape[1] == 0 and q.dtype == torch.float32 and len(parts) == 1 else 3
+            scores = some.shape[0] * (widest + copies * head_dim) + 2 * widest
+            most = max(most, 2 * some.shape[0] * keys * head_dim + chunk * scores)
+    return 4 * most + 64 * 1024  # and small change: column numbers, a chunk of the order
+
+
+def _numbers(plan: PlanTensors, index: int) -> tuple[int, ...]:
+    """start, end, pads of each segment of one plan, flat."""
+    size = 3 * plan.segments.shape[1]
+    return plan.segments_host[size * index : size * (index + 1)]
 
 
 def _attend_matmul(
