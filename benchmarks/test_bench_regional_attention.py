@@ -29,6 +29,11 @@ def problem_and_oracles(mode: str) -> tuple[Problem, dict[bool, Oracle]]:
     return problem, {True: Oracle(problem), False: Oracle(problem.plain)}
 
 
+@pytest.fixture(scope="session")
+def machine():
+    return describe()
+
+
 @pytest.mark.parametrize(
     ("mode", "contender"),
     [
@@ -38,7 +43,7 @@ def problem_and_oracles(mode: str) -> tuple[Problem, dict[bool, Oracle]]:
         if mode in contender.modes and contender.name != "reference"
     ],
 )
-def test_bench_regional_attention(benchmark, mode, contender):
+def test_bench_regional_attention(benchmark, machine, mode, contender):
     problem, oracles = problem_and_oracles(mode)
     reason = contender.needs(problem)
     if reason:
@@ -50,7 +55,7 @@ def test_bench_regional_attention(benchmark, mode, contender):
         extra = prepared.held + peak_bytes(prepared.call, problem.q.device)
         benchmark.group = problem.title
         benchmark.extra_info.update(
-            machine=describe(),
+            machine=machine,
             error=error,
             allowed=bound,
             extra_bytes=extra,

@@ -55,7 +55,7 @@ def alpha(name: str, mask: np.ndarray) -> None:
     """White paint on a transparent layer, as editors export it."""
     pixels = np.full((*mask.shape, 2), 255, dtype=np.uint8)
     pixels[..., 1] = (255 * mask).round().astype(np.uint8)
-    Image.fromarray(pixels, "LA").save(OUT / f"{name}.png", optimize=True)
+    Image.fromarray(pixels).save(OUT / f"{name}.png", optimize=True)
 
 
 def main() -> None:

@@ -173,7 +173,7 @@ def _regional_attention_kernel(
     # registers through every loop, which is what makes the blend kernel of D 128 spill.
     tl.debug_barrier()
     again = tl.load(plan_index_ptr + b).to(tl.int64)
-    i = pid % tiles * BLOCK_M + tl.arange(0, BLOCK_M) + tl.minimum(again, 0).to(tl.int32)
+    i = (pid % tiles + tl.minimum(again, 0).to(tl.int32)) * BLOCK_M + tl.arange(0, BLOCK_M)
     i_live = i < Nq
     if HAS_ORDER:
         row = tl.load(order_ptr + again * Nq + i, mask=i_live, other=0)
@@ -264,13 +264,17 @@ def table_arch(capability: tuple[int, int]) -> int:
     return {9: 90, 10: 100, 11: 100}.get(major, 120)
 
 
-def find_config(combine: str, dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> Config | None:
+def find_config(
+    combine: str, dtype: torch.dtype, head_dim: int, capability: tuple[int, int]
+) -> Config | None:
     """The launch configuration of a call, or None where the table has none."""
     column = _TABLE.get((combine, block_d(head_dim), dtype.itemsize), {})
     return column.get(table_arch(capability), column.get(0))
 
 
-def supports(dtype: torch.dtype, head_dim: int, combine: str, capability: tuple[int, int] | None = None) -> str | None:
+def supports(
+    dtype: torch.dtype, head_dim: int, combine: str, capability: tuple[int, int] | None = None
+) -> str | None:
     """None if the kernel can serve the call, else the reason it cannot. `capability` None means the interpreter."""
     if dtype not in DTYPES:
         return f"takes float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
@@ -306,6 +310,8 @@ def constants(combine: str, dtype: torch.dtype, head_dim: int, variant: Variant,
         "num_stages": config.num_stages,
         # Stated because the default changes with the version of Triton; the bias is free only inside an FMA.
         "enable_fp_fusion": True,
+        # The most there is. Left alone, ptxas aims at a step of occupancy and spills a few bytes to reach it.
+        "maxnreg": 255,
     }
 
 
@@ -369,7 +375,9 @@ class Shipped(NamedTuple):
 
 def shipped() -> Iterator[Shipped]:
     """Every compilation of the table, on every architecture it is checked for."""
-    for arch, combine, dtype, width in itertools.product(CHECKED_ARCHS, COMBINES, DTYPES, (16, 32, 64, 128, 256)):
+    for arch, combine, dtype, width in itertools.product(
+        CHECKED_ARCHS, COMBINES, DTYPES, (16, 32, 64, 128, 256)
+    ):
         config = find_config(combine, dtype, width, divmod(arch, 10))
         if config is not None:
             for variant in VARIANTS[combine]:

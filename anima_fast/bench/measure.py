@@ -1,9 +1,10 @@
 """Measuring contenders on a case: first correct, then fast.
 
 Each contender is prepared, called once (cold: loading and compiling included) and its result held to the error rule
-(anima_fast/reference/error_rule.py), where the oracle is the `reference` backend in fp64 on the *padded* problem, in which pads are ordinary rows: folding
-them is checked too. What fails is not timed. The others are timed in rounds, one call of each a round, so that all of
-them meet the same machine; the figure is the median of the rounds. Each call allocates its output anew.
+(anima_fast/reference/error_rule.py), where the oracle is the `reference` backend in fp64 on the *padded* problem, in
+which pads are ordinary rows: folding them is checked too. What fails is not timed. The others are timed in rounds, one
+call of each a round, so that all of them meet the same machine; the figure is the median of the rounds. Each call
+allocates its output anew.
 
 Peak extra memory is what a contender keeps between calls (masks, plans) plus the peak of torch's allocator during a
 call, less the output. On a CPU the peak comes from the profiler's record of every allocation.

@@ -7,6 +7,7 @@ no region covers stays background, with diagonal lines.
 from __future__ import annotations
 
 import colorsys
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -67,11 +68,16 @@ def overlay(
         picture[edge] = 0.25 * picture[edge] + 0.75 * 255
     image = Image.fromarray(picture.round().astype(np.uint8))
     draw = ImageDraw.Draw(image)
+    font = _font(26 if len(names) <= 8 else 19)
+    room = int(1.5 * width / (1 + math.sqrt(len(names))))
     for name, weight in zip(names, weights, strict=True):
-        row, column = _deepest(weight)
-        at = ((column + 0.5) * width / weight.shape[1], (row + 0.5) * height / weight.shape[0])
         if float(weight.max()) > 0:
-            draw.text(at, name, fill="white", font=_font(26), anchor="mm", stroke_width=3, stroke_fill=_BACKGROUND)
+            row, column = _deepest(weight)
+            text = _shortened(name, font, room)
+            half = font.getlength(text) / 2 + 6
+            x = min(max((column + 0.5) * width / weight.shape[1], half), width - half)
+            y = min(max((row + 0.5) * height / weight.shape[0], 20), height - 20)
+            draw.text((x, y), text, fill="white", font=font, anchor="mm", stroke_width=3, stroke_fill=_BACKGROUND)
     return _with_legend(image, title, legend)
 
 
