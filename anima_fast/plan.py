@@ -293,6 +293,13 @@ class RegionPlan:
             weights /= weights.sum(dim=0).clamp(min=1)
         return weights
 
+    def segment_rows(self, grid: tuple[int, int, int], canvas: tuple[float, float] | None = None) -> torch.Tensor:
+        """Each segment's bias (logit) or unnormalised weight (blend) on the token grid, float64 `[S, Ht, Wt]`,
+        the base prompt last; before `bind` lets queries that every segment excludes attend to all."""
+        weights = self.token_weights(grid, canvas)
+        rows = self._blend_weights if self.combine == "blend" else self._bias
+        return rows(weights.flatten(1)).unflatten(1, weights.shape[1:])
+
     def bind(
         self,
         grid: tuple[int, int, int],
@@ -309,8 +316,7 @@ class RegionPlan:
             device: where the plan's tensors go.
         """
         frames, height, width = check_grid("grid", grid)
-        weights = self.token_weights(grid, canvas).flatten(1)
-        rows = self._blend_weights(weights) if self.combine == "blend" else self._bias(weights)
+        rows = self.segment_rows(grid, canvas).flatten(1)
         bound = bind_rows(rows.float().repeat(1, frames), self._segments(), self.combine, (frames, height, width))
         return bound.to(device)
 

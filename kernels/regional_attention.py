@@ -85,6 +85,7 @@ def _regional_attention_kernel(
     # The maximum of a row that has met no key. Finite, so that -inf (an excluded segment) minus it is -inf and not
     # NaN: the inner loop needs no guard.
     FLOOR: tl.constexpr = -3.0e38
+    LOWEST: tl.constexpr = -2.0e38
 
     tiles = tl.cdiv(Nq, BLOCK_M)
     pid = tl.program_id(0)
@@ -143,7 +144,9 @@ def _regional_attention_kernel(
             acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         else:
             if HAS_BIAS:
-                shift = bias * LOG2E
+                # A type's lowest number is a bias people use and not an exclusion: keep it finite in base 2.
+                lowest = tl.where(bias == float("-inf"), bias, LOWEST)
+                shift = tl.where(bias < LOWEST, lowest, bias) * LOG2E
             x_pad = tl.where(pads > 0, shift, float("-inf"))
             m_new = tl.maximum(m_pad, x_pad)
             l_pad = l_pad * tl.exp2(m_pad - m_new) + pads.to(tl.float32) * tl.exp2(x_pad - m_new)
@@ -158,8 +161,13 @@ def _regional_attention_kernel(
                 v = v.to(tl.float32)
             qk = tl.dot(q, k, input_precision="ieee")
             qk = tl.where(n_live[None, :], qk, float("-inf"))
-            m_new = tl.maximum(m, tl.max(qk, 1) * qk_scale + shift)
-            p = tl.exp2(qk * qk_scale + (shift - m_new)[:, None])
+            x_max = tl.max(qk, 1) * qk_scale
+            m_new = tl.maximum(m, x_max + shift)
+            offset = shift - m_new
+            if HAS_BIAS and not BLEND:
+                # Where the bias is so large that adding it rounds the scores away: no p may pass 1.
+                offset = tl.minimum(offset, -x_max, propagate_nan=tl.PropagateNan.ALL)
+            p = tl.exp2(qk * qk_scale + offset[:, None])
             alpha = tl.exp2(m - m_new)
             l = l * alpha + tl.sum(p, 1)
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
@@ -204,6 +212,16 @@ class Config(NamedTuple):
 
 
 # (combine, BLOCK_D, bytes of an element) -> architecture -> configuration; 0 stands for every one not named.
+# Chosen among what compiles without a spill in every variant (tests/static/triton_budget.json), not measured on cards:
+# - BLOCK_N 32. Prompts are short, and a segment wastes half a key tile on average: 77 tokens are 96 keys in tiles of
+#   32 and 128 in tiles of 64. Tiles of 16 rescale the output twice as often and are taken where registers ask for it.
+# - BLOCK_M >= BLOCK_D with 16 rows a warp, up to D 128. Triton then gives a warp whole rows in both dots of mma.sync;
+#   with fewer rows it splits D between warps, which repeat QK (1.5 times the MMAs) and exchange row sums.
+# - D 64 takes half of D 128's tile: the same work a warp, finer skipping, two or three programs on a multiprocessor.
+# - D 256 fits neither rule. Logit takes 64 rows, blend, with its two fp32 output tiles, 32 rows and 64 keys (with
+#   which QK is not repeated). wgmma (sm_90) keeps 128 rows, with 16 keys.
+# - fp32 has no tensor cores ("ieee" dots: TF32 would lose 13 bits): as many rows as registers hold.
+# - Three stages of K and V hide a load behind two tiles of work; two where shared memory ends at 99 KiB.
 _TABLE: dict[tuple[str, int, int], dict[int, Config]] = {
     ("logit", 16, 2): {0: Config(64, 32, 4, 3)},
     ("logit", 32, 2): {0: Config(64, 32, 4, 3)},
@@ -264,17 +282,13 @@ def table_arch(capability: tuple[int, int]) -> int:
     return {9: 90, 10: 100, 11: 100}.get(major, 120)
 
 
-def find_config(
-    combine: str, dtype: torch.dtype, head_dim: int, capability: tuple[int, int]
-) -> Config | None:
+def find_config(combine: str, dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> Config | None:
     """The launch configuration of a call, or None where the table has none."""
     column = _TABLE.get((combine, block_d(head_dim), dtype.itemsize), {})
     return column.get(table_arch(capability), column.get(0))
 
 
-def supports(
-    dtype: torch.dtype, head_dim: int, combine: str, capability: tuple[int, int] | None = None
-) -> str | None:
+def supports(dtype: torch.dtype, head_dim: int, combine: str, capability: tuple[int, int] | None = None) -> str | None:
     """None if the kernel can serve the call, else the reason it cannot. `capability` None means the interpreter."""
     if dtype not in DTYPES:
         return f"takes float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
@@ -375,9 +389,7 @@ class Shipped(NamedTuple):
 
 def shipped() -> Iterator[Shipped]:
     """Every compilation of the table, on every architecture it is checked for."""
-    for arch, combine, dtype, width in itertools.product(
-        CHECKED_ARCHS, COMBINES, DTYPES, (16, 32, 64, 128, 256)
-    ):
+    for arch, combine, dtype, width in itertools.product(CHECKED_ARCHS, COMBINES, DTYPES, (16, 32, 64, 128, 256)):
         config = find_config(combine, dtype, width, divmod(arch, 10))
         if config is not None:
             for variant in VARIANTS[combine]:

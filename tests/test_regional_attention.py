@@ -341,6 +341,13 @@ def test_circles_with_more_allowed_sets_than_the_torch_backend_keeps(backend):
     check(Case(q, k, v, plan, 0.25, "16 circles"), backend)
 
 
+def test_backends_stays_a_function_after_a_call():
+    """A subpackage of the same name would replace it once it is imported."""
+    case = quadrants()
+    regional_attention(case.q, case.k, case.v, case.plan)
+    assert list(anima_fast.backends()["regional_attention"]) == ["cpu", "triton", "torch", "reference"]
+
+
 def test_opcheck():
     case = quadrants()
     t = case.plan.tensors

@@ -140,9 +140,7 @@ class Case:
 
     @property
     def plan(self):
-        return SimpleNamespace(
-            bias=self.bias, order=self.order, segments=self.segments, plan_index=self.plan_index
-        )
+        return SimpleNamespace(bias=self.bias, order=self.order, segments=self.segments, plan_index=self.plan_index)
 
     def run(self):
         kernel.regional_attention(
@@ -190,8 +188,7 @@ def table_rows():
             rows.setdefault((combine, dtype, width, config), divmod(arch, 10))
     names = ("-".join(map(str, (combine, dtype, width, *config))) for combine, dtype, width, config in rows)
     return [
-        pytest.param(*row, capability, id=name)
-        for (row, capability), name in zip(rows.items(), names, strict=True)
+        pytest.param(*row, capability, id=name) for (row, capability), name in zip(rows.items(), names, strict=True)
     ]
 
 
@@ -200,9 +197,7 @@ def test_every_configuration(monkeypatch, combine, dtype, D, config, capability)
     monkeypatch.setattr(kernel, "INTERPRETER_CAPABILITY", capability)
     assert kernel.find_config(combine, dtype, D, capability) == config
     n = config.block_n
-    Case(
-        combine, dtype, segments=(((0, n + 1, 3), (n + 1, n + 9, 0)),), D=D, H=1, bias="hard", order=True
-    ).check()
+    Case(combine, dtype, segments=(((0, n + 1, 3), (n + 1, n + 9, 0)),), D=D, H=1, bias="hard", order=True).check()
 
 
 @COMBINES
@@ -285,9 +280,7 @@ def test_row_that_excludes_every_segment(order):
 @COMBINES
 def test_any_permutation_is_an_order(combine):
     """The order decides what can be skipped, never the result."""
-    case = Case(
-        combine, bias="hard", order=True, Nq=150, plan_index=(1, 0), segments=[[(0, 20, 3), (20, 40, 0)]] * 2
-    )
+    case = Case(combine, bias="hard", order=True, Nq=150, plan_index=(1, 0), segments=[[(0, 20, 3), (20, 40, 0)]] * 2)
     for p in range(2):
         case.order[p] = torch.randperm(150, generator=torch.Generator().manual_seed(p))
     case.check()

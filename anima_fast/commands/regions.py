@@ -286,12 +286,8 @@ def _mask_warnings(name: str, plan: RegionPlan, i: int, highest: float, regions:
 
 def _excluded(plan: RegionPlan, grid: tuple[int, int, int], canvas: tuple[float, float]) -> float:
     """The share of tokens that every segment excludes; binding the plan lets these attend to all."""
-    weights = plan.token_weights(grid, canvas).flatten(1)
-    if plan.combine == "blend":
-        lost = (plan._blend_weights(weights) == 0).all(dim=0)
-    else:
-        lost = (plan._bias(weights) == -torch.inf).all(dim=0)
-    return float(lost.double().mean())
+    excluded = 0.0 if plan.combine == "blend" else -torch.inf
+    return float((plan.segment_rows(grid, canvas) == excluded).all(dim=0).double().mean())
 
 
 def draw(regions: Regions, report: dict[str, Any], out: Path) -> list[str]:

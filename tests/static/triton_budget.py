@@ -173,9 +173,7 @@ def main() -> int:
     parser.add_argument("--update", action="store_true", help="write the table")
     parser.add_argument("--quick", action="store_true", help="a sample, where that is enough")
     parser.add_argument("--jobs", type=int, default=2, help="compilations at a time (default 2)")
-    parser.add_argument(
-        "--only", default="", help="a regular expression over names such as 'sm_90 blend bf16 D128'"
-    )
+    parser.add_argument("--only", default="", help="a regular expression over names such as 'sm_90 blend bf16 D128'")
     args = parser.parse_args()
 
     items = list(kernel.shipped())
