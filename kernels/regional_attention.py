@@ -240,8 +240,8 @@ _TABLE: dict[tuple[str, int, int], dict[int, Config]] = {
     ("logit", 256, 4): {0: Config(32, 16, 8, 2)},
     ("blend", 16, 4): {0: Config(64, 32, 4, 2)},
     ("blend", 32, 4): {0: Config(64, 32, 4, 2)},
-    ("blend", 64, 4): {0: Config(64, 32, 8, 2)},
-    ("blend", 128, 4): {0: Config(32, 32, 8, 2)},
+    ("blend", 64, 4): {0: Config(64, 32, 8, 2), 100: Config(64, 16, 8, 2)},
+    ("blend", 128, 4): {0: Config(64, 16, 8, 2)},
     ("blend", 256, 4): {0: Config(32, 16, 8, 2)},
 }
 

@@ -1,4 +1,4 @@
-"""Registers, spills, shared memory, tensor cores and inner loops of the Triton kernels, on GPUs that are not here."""
+"""Registers, spills, shared memory, tensor cores, inner loops and cold starts of the Triton kernels, without a GPU."""
 
 import json
 import os
@@ -13,21 +13,25 @@ pytest.importorskip("triton", reason="Triton has no build for this platform, so 
 SCRIPT = Path(__file__).with_name("triton_budget.py")
 
 
-def run(*arguments):
+def run(script, *arguments):
     # A process of its own: in this one Triton may be an interpreter, and stays what it was at import.
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, str(SCRIPT), *arguments]
+    command = [sys.executable, str(script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr[-4000:]}"
 
 
 def test_table_is_of_this_kernel_and_holds_for_the_largest():
-    run("--quick")
+    run(SCRIPT, "--quick")
+
+
+def test_nothing_is_compiled_after_warmup():
+    run(SCRIPT.with_name("triton_warmup.py"))
 
 
 @pytest.mark.slow
 def test_every_configuration():
-    run()
+    run(SCRIPT)
 
 
 def test_the_required_configurations_are_in_the_table():

@@ -23,9 +23,9 @@ import torch
 
 from ...bound_plan import PlanTensors, iterate_groups
 
-# Temporaries of one chunk on a CPU, in floats (6 MiB), and the heads that share it: larger chunks mean fewer
+# Temporaries of one chunk on a CPU, in floats (6.5 MiB), and the heads that share it: larger chunks mean fewer
 # operations, each a barrier for all threads; fewer heads a smaller copy of K and V.
-_CPU_CHUNK = 1536 * 1024
+_CPU_CHUNK = 1664 * 1024
 _CPU_HEADS = 8
 # Mask entries of one chunk on other devices: larger chunks fill their cores.
 _DEVICE_CHUNK = 4 * 1024 * 1024
@@ -47,14 +47,16 @@ class _Group(NamedTuple):
 class _Folded(NamedTuple):
     """The keys of some segments, each followed by one zero key for its pads.
 
-    keys [H, D, n]; values [H, n, D]; rows: which rows of k they are (-1: pads); owner [n]: their segment;
-    sink [n]: log P at the pads, else 0; sinks: the same as (column, log P).
+    keys [H, D, n]; values [H, n, D]; rows [n]: which rows of k they are (-1: pads); log_pads [S]: log P of every
+    segment of the plan; owner [n]: their row of [bias; bias + log_pads]; sink [n]: log P at the pads, else 0;
+    sinks: the same as (column, log P).
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     rows: torch.Tensor
     owner: torch.Tensor
+    log_pads: torch.Tensor
     sink: torch.Tensor
     sinks: tuple[tuple[int, float], ...]
 
@@ -114,18 +116,18 @@ def _attend_group(rows: _Rows, group: _Group, scale: float, combine: str, matmul
     if matmuls:  # in fp32, where it costs no accuracy: once here instead of in every chunk
         for part in folded:
             part.keys.mul_(scale)
-    chunk = _chunk(rows.q, rows.numbers, parts, matmuls)
+    in_place = rows.order is None and rows.out.dtype == compute and len(parts) == 1
+    chunk = _chunk(rows.q, rows.numbers, group, parts, matmuls, in_place)
     for start in range(group.start, group.end, chunk):
         end = min(start + chunk, group.end)
         where = slice(start, end) if rows.order is None else rows.order[start:end].long()
         queries = rows.q[:, where].to(compute)
-        in_place = rows.order is None and rows.out.dtype == compute and len(parts) == 1
         result = rows.out[:, where] if in_place else torch.empty_like(queries)
         log = None
         for i, (segments, part) in enumerate(zip(parts, folded, strict=True)):
             added = None
             if combine == "logit" and rows.bias is not None and not group.flat:
-                added = rows.bias[:, where].T[:, part.owner].add_(part.sink)
+                added = _spread(rows.bias[:, where], part)
             empty = None
             if rows.mask is not None:
                 added, empty = _add_mask(rows.mask[:, where], added, part)
@@ -163,19 +165,28 @@ def _parts(group: _Group, combine: str) -> list[tuple[int, ...]]:
     return [group.segments] if combine == "logit" else [(s,) for s in group.segments]
 
 
-def _chunk(q: torch.Tensor, numbers: tuple[int, ...], parts: list[tuple[int, ...]], matmuls: bool) -> int:
-    """Queries of one chunk, so that its scores, its bias and the copies of q and of the result fit the budget."""
+def _chunk(
+    q: torch.Tensor,
+    numbers: tuple[int, ...],
+    group: _Group,
+    parts: list[tuple[int, ...]],
+    matmuls: bool,
+    in_place: bool,
+) -> int:
+    """Queries of one chunk, so that its scores, its bias and copies of q and of the results fit the budget; and so
+    that the chunks of the group are alike."""
     widest = max(sum(_width(numbers, s) for s in part) for part in parts)
-    if not matmuls:
-        return max(16, _DEVICE_CHUNK // widest)
-    return max(16, _CPU_CHUNK // (q.shape[0] * (widest + 2 * q.shape[-1]) + widest))
+    copies = 0 if in_place else 2 if len(parts) == 1 else 3
+    size = q.shape[0] * (widest + copies * q.shape[-1]) + 2 * widest
+    most = max(16, _CPU_CHUNK // size if matmuls else _DEVICE_CHUNK // widest)
+    queries = group.end - group.start
+    return -(-queries // -(-queries // most))
 
 
 def workspace_bytes(q: torch.Tensor, plan: PlanTensors, *, combine: str) -> int:
     """Bytes of temporaries of a call on a CPU, at most: some heads' keys and values, and a chunk's scores, bias and
     results."""
     most = 0
-    head_dim = q.shape[3]
     heads, _ = _head_blocks(q.shape[1], q.shape[1], True)[0]
     some = q[0, heads]
     for index in set(plan.plan_index_host):
@@ -184,10 +195,11 @@ def workspace_bytes(q: torch.Tensor, plan: PlanTensors, *, combine: str) -> int:
             parts = _parts(group, combine)
             keys = sum(_width(numbers, s) for s in group.segments)
             widest = max(sum(_width(numbers, s) for s in part) for part in parts)
-            chunk = min(_chunk(some, numbers, parts, True), group.end - group.start)
-            copies = 0 if plan.order.shape[1] == 0 and q.dtype == torch.float32 and len(parts) == 1 else 3
-            scores = some.shape[0] * (widest + copies * head_dim) + 2 * widest
-            most = max(most, 2 * some.shape[0] * keys * head_dim + chunk * scores)
+            in_place = plan.order.shape[1] == 0 and q.dtype == torch.float32 and len(parts) == 1
+            chunk = _chunk(some, numbers, group, parts, True, in_place)
+            copies = 0 if in_place else 3
+            scores = some.shape[0] * (widest + copies * q.shape[3]) + 2 * widest
+            most = max(most, 2 * some.shape[0] * keys * q.shape[3] + chunk * scores)
     return 4 * most + 64 * 1024  # and small change: column numbers, a chunk of the order
 
 
@@ -224,6 +236,12 @@ def _attend_sdpa(
     attention = torch.nn.functional.scaled_dot_product_attention
     keys = part.keys.transpose(1, 2)
     out.copy_(attention(q[None], keys[None], part.values[None], attn_mask=mask, scale=scale)[0])
+
+
+def _spread(bias: torch.Tensor, part: _Folded) -> torch.Tensor:
+    """[S, C] bias to the columns of the folded keys [C, n], log P added at the pads."""
+    with_pads = torch.cat([bias, bias + part.log_pads[:, None]])  # [2S, C] is small; so one pass makes the result
+    return with_pads.T[:, part.owner]
 
 
 def _add_mask(mask: torch.Tensor, bias: torch.Tensor | None, part: _Folded) -> tuple[torch.Tensor, torch.Tensor]:
@@ -267,22 +285,25 @@ def _fold(
 @functools.lru_cache(maxsize=256)
 def _columns(
     segments: tuple[int, ...], numbers: tuple[int, ...], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[tuple[int, float], ...]]:
-    """The rows, owner, sink and sinks of `_Folded`; kept, so that a call copies nothing to the device."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, tuple[tuple[int, float], ...]]:
+    """rows, owner, log_pads, sink and sinks of `_Folded`; kept, so that a call copies nothing to the device."""
     rows: list[int] = []
     owner: list[int] = []
     sinks: list[tuple[int, float]] = []
     for s in segments:
         start, end, pads = numbers[3 * s : 3 * s + 3]
         rows += range(start, end)
+        owner += [s] * (end - start)
         if pads:
             sinks.append((len(rows), math.log(pads)))
             rows.append(-1)
-        owner += [s] * (len(rows) - len(owner))
+            owner.append(len(numbers) // 3 + s)
+    log_pads = torch.tensor(numbers[2::3], dtype=torch.float32).log()
     sink = torch.zeros(len(rows))
-    for column, log_pads in sinks:
-        sink[column] = log_pads
-    return torch.tensor(rows, device=device), torch.tensor(owner, device=device), sink.to(device), tuple(sinks)
+    for column, value in sinks:
+        sink[column] = value
+    place = functools.partial(torch.Tensor.to, device=device)
+    return place(torch.tensor(rows)), place(torch.tensor(owner)), place(log_pads), place(sink), tuple(sinks)
 
 
 def _write(to: torch.Tensor, where: slice | torch.Tensor, what: torch.Tensor | None) -> None:
