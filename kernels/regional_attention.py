@@ -376,6 +376,11 @@ def regional_attention(q, k, v, out, lse, plan, *, scale, combine, mask) -> None
         )
 
 
+def workspace_bytes(q, plan, *, combine) -> int:
+    """Bytes of temporaries of a call: none."""
+    return 0
+
+
 class Shipped(NamedTuple):
     """One compilation users can meet: what the table and the switches select on one architecture."""
 

@@ -236,6 +236,8 @@ def test_estimate_bytes_grows_with_the_picture_not_with_its_square():
     plan = plan_of([torch.rand(64, 64), torch.rand(64, 64)], ranges=[(0, 512), (512, 1024)])
     small, large = (plan.estimate_bytes((1, n, n), backend="torch") for n in (64, 128))
     assert small < large < 2 * small
+    triton = plan.estimate_bytes((1, 64, 64), backend="triton")
+    assert triton == sum(x.nbytes for x in plan.bind((1, 64, 64)).tensors[:4])
     assert plan.estimate_bytes((1, 64, 64), backend="reference") > 16 * 4096 * 1024 * 4
 
 
