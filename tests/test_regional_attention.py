@@ -14,7 +14,6 @@ import anima_fast
 from anima_fast import BoundPlan, NoBackendError, RegionPlan, regional_attention
 from anima_fast.ops.cpu import extension, unavailable
 from anima_fast.ops.cpu.regional_attention import regional_attention as on_cpu
-from anima_fast.ops.torch import regional_attention as in_torch
 from anima_fast.reference.regional_attention import regional_attention as reference
 
 needs_extension = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
@@ -78,14 +77,6 @@ def test_cpu(case):
 def test_triton(case):
     pytest.importorskip("triton", reason="Triton has no build for this platform")
     check(case, "triton")
-
-
-@given(calls(dtypes=(torch.float32, torch.bfloat16)))
-def test_torch_on_devices_with_fused_attention(case):
-    """The path that GPUs without Triton take, run here on the CPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(in_torch, "_prefers_matmuls", lambda device: False)
-        check(case, "torch")
 
 
 @needs_extension

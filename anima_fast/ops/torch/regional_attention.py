@@ -8,9 +8,9 @@ zero key whose bias is log P: exp(b + log P) = P e^b is exactly what P zero keys
     logit   softmax(scale·q [K_1 … K_S]ᵀ + b) [V_1 … V_S]       per chunk of queries
     blend   Σ_s w_s softmax(scale·q K_sᵀ + (0 … log P)) V_s
 
-On a CPU this is two batched matmuls around a softmax in place, in fp32, a few heads at a time; on other devices
-torch's scaled_dot_product_attention with the bias of a chunk as its mask. The largest temporary does not grow
-with Nq.
+Each is one call of torch's scaled_dot_product_attention, with the bias of a chunk as its mask; that keeps no log of
+the denominator, so where one is asked for, it is two matmuls around a softmax. A few heads at a time on a CPU, and
+there in fp32. The largest temporary does not grow with Nq.
 """
 
 from __future__ import annotations
@@ -47,18 +47,15 @@ class _Group(NamedTuple):
 class _Folded(NamedTuple):
     """The keys of some segments, each followed by one zero key for its pads.
 
-    keys [H, D, n]; values [H, n, D]; rows [n]: which rows of k they are (-1: pads); log_pads [S]: log P of every
-    segment of the plan; owner [n]: their row of [bias; bias + log_pads]; sink [n]: log P at the pads, else 0;
-    sinks: the same as (column, log P).
+    keys, values [H, n, D]; spans: each segment's number, keys and log P (None without pads); rows [n]: which rows of
+    k they are (-1: pads); sink [n]: log P at the pads, else 0.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
+    spans: tuple[tuple[int, int, float | None], ...]
     rows: torch.Tensor
-    owner: torch.Tensor
-    log_pads: torch.Tensor
     sink: torch.Tensor
-    sinks: tuple[tuple[int, float], ...]
 
 
 class _Rows(NamedTuple):
@@ -89,9 +86,8 @@ def regional_attention(
     mask: torch.Tensor | None,
 ) -> None:
     """Write attention of every row under its plan to `out`, and the log of its denominator to `lse`."""
-    matmuls = _prefers_matmuls(q.device) or lse is not None
     for row, index in enumerate(plan.plan_index_host):
-        for heads, kv_heads in _head_blocks(q.shape[1], k.shape[1], matmuls):
+        for heads, kv_heads in _head_blocks(q.shape[1], k.shape[1], q.device):
             rows = _Rows(
                 q[row, heads],
                 k[row, kv_heads],
@@ -104,57 +100,51 @@ def regional_attention(
                 _numbers(plan, index),
             )
             for group in _groups(plan.groups_host, index, rows.numbers):
-                _attend_group(rows, group, scale, combine, matmuls)
+                _attend_group(rows, group, scale, combine)
 
 
-def _attend_group(rows: _Rows, group: _Group, scale: float, combine: str, matmuls: bool) -> None:
+def _attend_group(rows: _Rows, group: _Group, scale: float, combine: str) -> None:
     """The queries of one group, chunk by chunk."""
-    compute = torch.float32 if matmuls else rows.q.dtype
-    attend = _attend_matmul if matmuls else _attend_sdpa
+    # Not every CPU multiplies 16-bit floats fast, and a copy of a chunk costs little.
+    compute = torch.float32 if rows.q.device.type == "cpu" else rows.q.dtype
     parts = _parts(group, combine)
     folded = [_fold(rows.k, rows.v, part, rows.numbers, rows.q.shape[0], compute) for part in parts]
-    if matmuls:  # in fp32, where it costs no accuracy: once here instead of in every chunk
-        for part in folded:
-            part.keys.mul_(scale)
-    in_place = rows.order is None and rows.out.dtype == compute and len(parts) == 1
-    chunk = _chunk(rows.q, rows.numbers, group, parts, matmuls, in_place)
+    chunk = _chunk(rows.q, rows.numbers, group, parts, rows.order is not None, rows.lse is not None)
     for start in range(group.start, group.end, chunk):
         end = min(start + chunk, group.end)
         where = slice(start, end) if rows.order is None else rows.order[start:end].long()
-        queries = rows.q[:, where].to(compute)
-        result = rows.out[:, where] if in_place else torch.empty_like(queries)
-        log = None
-        for i, (segments, part) in enumerate(zip(parts, folded, strict=True)):
-            added = None
-            if combine == "logit" and rows.bias is not None and not group.flat:
-                added = _spread(rows.bias[:, where], part)
-            empty = None
-            if rows.mask is not None:
-                added, empty = _add_mask(rows.mask[:, where], added, part)
-            to = result if i == 0 else torch.empty_like(result)
-            log = attend(queries, part, added, scale, to, rows.lse is not None)
-            if empty is not None:
-                to.masked_fill_(empty[..., None], 0)
-                log = None if log is None else log.masked_fill(empty, -torch.inf)
-            if combine == "blend" and rows.bias is not None and len(parts) > 1:
-                to *= rows.bias[segments[0]][where][:, None].to(to.dtype)
-            if i > 0:
-                result += to
-        if not in_place:
-            _write(rows.out, where, result)
-        if rows.lse is not None:
-            _write(rows.lse, where, log)
+        _attend_chunk(rows, where, folded, scale, combine, group.flat)
 
 
-def _prefers_matmuls(device: torch.device) -> bool:
-    """Two matmuls beat torch's fused attention on a CPU, in time and memory; elsewhere it has fused kernels."""
-    return device.type == "cpu"
+def _attend_chunk(
+    rows: _Rows, where: slice | torch.Tensor, folded: list[_Folded], scale: float, combine: str, flat: bool
+) -> None:
+    """Some queries; a function of its own, so that a chunk's temporaries are gone before the next one's come."""
+    attend = _attend_sdpa if rows.lse is None else _attend_matmul
+    queries = _read(rows.q, where).to(folded[0].keys.dtype)
+    result, log = None, None
+    for part in folded:
+        added, empty = None, None
+        if combine == "logit" and rows.bias is not None and not flat:
+            added = _spread(rows.bias[:, where], part)
+        if rows.mask is not None:
+            added, empty = _add_mask(rows.mask[:, where], added, part)
+        one, log = attend(queries, part, added, scale)
+        if empty is not None:
+            one.masked_fill_(empty[..., None], 0)
+            log = None if log is None else log.masked_fill_(empty, -torch.inf)
+        if combine == "blend" and rows.bias is not None and len(folded) > 1:
+            one *= rows.bias[part.spans[0][0]][where][:, None].to(one.dtype)
+        result = one if result is None else result.add_(one)
+    _write(rows.out, where, result)
+    if rows.lse is not None:
+        _write(rows.lse, where, log)
 
 
-def _head_blocks(heads: int, kv_heads: int, matmuls: bool) -> list[tuple[slice, slice]]:
+def _head_blocks(heads: int, kv_heads: int, device: torch.device) -> list[tuple[slice, slice]]:
     """The heads of q and of k that are taken together."""
     group = heads // kv_heads
-    step = max(1, _CPU_HEADS // group) if matmuls else kv_heads
+    step = max(1, _CPU_HEADS // group) if device.type == "cpu" else kv_heads
     return [
         (slice(first * group, (first + step) * group), slice(first, first + step)) for first in range(0, kv_heads, step)
     ]
@@ -170,37 +160,43 @@ def _chunk(
     numbers: tuple[int, ...],
     group: _Group,
     parts: list[tuple[int, ...]],
-    matmuls: bool,
-    in_place: bool,
+    ordered: bool,
+    scores: bool,
 ) -> int:
-    """Queries of one chunk, so that its scores, its bias and copies of q and of the results fit the budget; and so
-    that the chunks of the group are alike."""
+    """Queries of one chunk, so that what `_chunk_floats` counts fits the budget and the group's chunks are alike."""
     widest = max(sum(_width(numbers, s) for s in part) for part in parts)
-    copies = 0 if in_place else 2 if len(parts) == 1 else 3
-    size = q.shape[0] * (widest + copies * q.shape[-1]) + 2 * widest
-    most = max(16, _CPU_CHUNK // size if matmuls else _DEVICE_CHUNK // widest)
+    if q.device.type == "cpu":
+        most = max(16, _CPU_CHUNK // _chunk_floats(q, widest, len(parts), ordered, scores))
+    else:
+        most = max(16, _DEVICE_CHUNK // widest)
     queries = group.end - group.start
     return -(-queries // -(-queries // most))
 
 
+def _chunk_floats(q: torch.Tensor, widest: int, parts: int, ordered: bool, scores: bool) -> int:
+    """Temporaries of one query of some heads: results, a copy of q, the bias, and scores where they are formed."""
+    copies = 1 + (parts > 1) + (ordered or q.dtype != torch.float32)
+    return q.shape[0] * (copies * q.shape[2] + scores * widest) + 2 * widest
+
+
 def workspace_bytes(q: torch.Tensor, plan: PlanTensors, *, combine: str) -> int:
-    """Bytes of temporaries of a call on a CPU, at most: some heads' keys and values, and a chunk's scores, bias and
-    results."""
+    """Bytes of temporaries of a call on a CPU, at most: some heads' keys and values, a chunk's bias and results, and
+    the workspace of torch's attention."""
     most = 0
-    heads, _ = _head_blocks(q.shape[1], q.shape[1], True)[0]
-    some = q[0, heads]
+    heads, _ = _head_blocks(q.shape[1], q.shape[1], torch.device("cpu"))[0]
+    some = q[0, heads].to("cpu") if q.device.type != "meta" else torch.empty_like(q[0, heads], device="cpu")
     for index in set(plan.plan_index_host):
         numbers = _numbers(plan, index)
         for group in _groups(plan.groups_host, index, numbers):
             parts = _parts(group, combine)
             keys = sum(_width(numbers, s) for s in group.segments)
             widest = max(sum(_width(numbers, s) for s in part) for part in parts)
-            in_place = plan.order.shape[1] == 0 and q.dtype == torch.float32 and len(parts) == 1
-            chunk = _chunk(some, numbers, group, parts, True, in_place)
-            copies = 0 if in_place else 3
-            scores = some.shape[0] * (widest + copies * q.shape[3]) + 2 * widest
-            most = max(most, 2 * some.shape[0] * keys * q.shape[3] + chunk * scores)
-    return 4 * most + 64 * 1024  # and small change: column numbers, a chunk of the order
+            ordered = plan.order.shape[1] > 0
+            chunk = _chunk(some, numbers, group, parts, ordered, False)
+            floats = _chunk_floats(some, widest, len(parts), ordered, False)
+            most = max(most, 2 * some.shape[0] * keys * q.shape[3] + chunk * floats)
+    # torch's attention keeps scores of 256 queries x 512 keys and a tile of the result a thread.
+    return 4 * (most + torch.get_num_threads() * 256 * (528 + q.shape[3]))
 
 
 def _numbers(plan: PlanTensors, index: int) -> tuple[int, ...]:
@@ -209,39 +205,34 @@ def _numbers(plan: PlanTensors, index: int) -> tuple[int, ...]:
     return plan.segments_host[size * index : size * (index + 1)]
 
 
-def _attend_matmul(
-    q: torch.Tensor, part: _Folded, bias: torch.Tensor | None, scale: float, out: torch.Tensor, want_log: bool
-) -> torch.Tensor | None:
-    """Write [H, C, D] by two matmuls around a softmax in place; return the log of the denominator. The keys
-    are scaled already."""
-    scores = torch.bmm(q, part.keys)
-    if bias is not None:
-        scores += bias
-    else:
-        for column, log_pads in part.sinks:  # a zero key scores 0
-            scores[..., column] = log_pads
-    log = torch.logsumexp(scores, dim=-1) if want_log else None
-    torch.softmax(scores, dim=-1, out=scores)
-    torch.bmm(scores, part.values, out=out)
-    return log
-
-
 def _attend_sdpa(
-    q: torch.Tensor, part: _Folded, bias: torch.Tensor | None, scale: float, out: torch.Tensor, want_log: bool
-) -> None:
-    """Write [H, C, D] by torch's fused attention, which keeps no log of the denominator."""
-    if bias is None and part.sinks:
+    q: torch.Tensor, part: _Folded, bias: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[H, C, D] by torch's fused attention."""
+    if bias is None and any(log_pads is not None for _, _, log_pads in part.spans):
         bias = part.sink.expand(q.shape[1], -1)
     mask = None if bias is None else bias.to(q.dtype).contiguous()[(None,) * (4 - bias.ndim)]
     attention = torch.nn.functional.scaled_dot_product_attention
-    keys = part.keys.transpose(1, 2)
-    out.copy_(attention(q[None], keys[None], part.values[None], attn_mask=mask, scale=scale)[0])
+    return attention(q[None], part.keys[None], part.values[None], attn_mask=mask, scale=scale)[0], None
+
+
+def _attend_matmul(
+    q: torch.Tensor, part: _Folded, bias: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[H, C, D] and the log of the denominator, in fp32, by two matmuls around a softmax."""
+    scores = torch.bmm(q.float() * scale, part.keys.float().transpose(1, 2))
+    scores += part.sink if bias is None else bias
+    log = torch.logsumexp(scores, dim=-1)
+    return torch.bmm(torch.softmax(scores, dim=-1), part.values.float()), log
 
 
 def _spread(bias: torch.Tensor, part: _Folded) -> torch.Tensor:
     """[S, C] bias to the columns of the folded keys [C, n], log P added at the pads."""
-    with_pads = torch.cat([bias, bias + part.log_pads[:, None]])  # [2S, C] is small; so one pass makes the result
-    return with_pads.T[:, part.owner]
+    pieces = []
+    for s, keys, log_pads in part.spans:
+        column = bias[s][:, None]
+        pieces += [column.expand(-1, keys)] if log_pads is None else [column.expand(-1, keys), column + log_pads]
+    return torch.cat(pieces, dim=1)
 
 
 def _add_mask(mask: torch.Tensor, bias: torch.Tensor | None, part: _Folded) -> tuple[torch.Tensor, torch.Tensor]:
@@ -279,31 +270,34 @@ def _fold(
     group = heads // k.shape[0]
     if group > 1:
         key, value = key.repeat_interleave(group, dim=0), value.repeat_interleave(group, dim=0)
-    return _Folded(key.transpose(1, 2), value, *_columns(segments, numbers, k.device))
+    return _Folded(key, value, *_columns(segments, numbers, k.device))
 
 
 @functools.lru_cache(maxsize=256)
 def _columns(
     segments: tuple[int, ...], numbers: tuple[int, ...], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, tuple[tuple[int, float], ...]]:
-    """rows, owner, log_pads, sink and sinks of `_Folded`; kept, so that a call copies nothing to the device."""
+) -> tuple[tuple[tuple[int, int, float | None], ...], torch.Tensor, torch.Tensor]:
+    """spans, rows and sink of `_Folded`; kept, so that a call copies nothing to the device."""
+    spans: list[tuple[int, int, float | None]] = []
     rows: list[int] = []
-    owner: list[int] = []
-    sinks: list[tuple[int, float]] = []
+    sink: list[float] = []
     for s in segments:
         start, end, pads = numbers[3 * s : 3 * s + 3]
+        log_pads = math.log(pads) if pads else None
+        spans.append((s, end - start, log_pads))
         rows += range(start, end)
-        owner += [s] * (end - start)
-        if pads:
-            sinks.append((len(rows), math.log(pads)))
+        sink += [0.0] * (end - start)
+        if log_pads is not None:
             rows.append(-1)
-            owner.append(len(numbers) // 3 + s)
-    log_pads = torch.tensor(numbers[2::3], dtype=torch.float32).log()
-    sink = torch.zeros(len(rows))
-    for column, value in sinks:
-        sink[column] = value
-    place = functools.partial(torch.Tensor.to, device=device)
-    return place(torch.tensor(rows)), place(torch.tensor(owner)), place(log_pads), place(sink), tuple(sinks)
+            sink.append(log_pads)
+    return tuple(spans), torch.tensor(rows, device=device), torch.tensor(sink, device=device)
+
+
+def _read(what: torch.Tensor, where: slice | torch.Tensor) -> torch.Tensor:
+    """Rows of [H, Nq, D]; whole rows of the usual memory [Nq, H, D] are six times faster to gather."""
+    if isinstance(where, slice):
+        return what[:, where]
+    return what.transpose(0, 1).index_select(0, where).transpose(0, 1)
 
 
 def _write(to: torch.Tensor, where: slice | torch.Tensor, what: torch.Tensor | None) -> None:
