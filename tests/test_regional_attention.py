@@ -83,9 +83,10 @@ def test_triton(case):
 @pytest.mark.parametrize("isa", extension().capabilities()["isas"] if unavailable() is None else [])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("combine", ["logit", "blend"])
-def test_every_instruction_set(isa, dtype, combine):
-    case = quadrants(combine=combine, dtype=dtype, grid=(1, 17, 23), head_dim=40)
-    out = torch.empty(1, 391, 2, 40, dtype=dtype).transpose(1, 2)
+@pytest.mark.parametrize("head_dim", [40, 64])  # 64: rows of whole cache lines are stored past the caches
+def test_every_instruction_set(isa, dtype, combine, head_dim):
+    case = quadrants(combine=combine, dtype=dtype, grid=(1, 17, 23), head_dim=head_dim)
+    out = torch.empty(1, 391, 2, head_dim, dtype=dtype).transpose(1, 2)
     lse = torch.empty(1, 2, 391) if combine == "logit" else None
     on_cpu(case.q, case.k, case.v, out, lse, case.plan.tensors, scale=case.scale, combine=combine, isa=isa)
     expected, expected_lse = oracle(case)

@@ -103,10 +103,18 @@ struct Kernel {
   // One softmax a lane: running maximum m, denominator l, and the factor that `out` still has to be scaled by.
   float m[kQueries], l[kQueries], pending[kQueries];
   bool empty;  // `out` has no content yet
+  const bool streams;  // rows of the result are whole cache lines
+
 
   Kernel(const RegionalAttention& c, const Workspace& w, float* base)
       : call(c), layout(w), keys(base + w.keys), values(base + w.values), query(base + w.query), out(base + w.out),
-        mixed(base + w.mixed), scores(base + w.scores), bias(base + w.bias) {}
+        mixed(base + w.mixed), scores(base + w.scores), bias(base + w.bias), streams(whole_lines(c)) {}
+
+  static bool whole_lines(const RegionalAttention& c) {
+    const int64_t line = 64 / int64_t(sizeof(T));
+    return reinterpret_cast<uintptr_t>(c.out.data) % 64 == 0 && c.head_dim % line == 0 && c.out.row % line == 0 &&
+           c.out.head % line == 0 && c.out.batch % line == 0;
+  }
 
   const T* row_of(const Strided& x, int64_t b, int64_t h, int64_t n) const {
     return static_cast<const T*>(x.data) + b * x.batch + h * x.head + n * x.row;
@@ -256,7 +264,8 @@ struct Kernel {
           r[i] = i < width ? load(from + (d + i) * kQueries + lane) * scale : set1(0.0f);
         transpose(r);
         for (int i = 0; i < rows; ++i)
-          if (width == kWidth) Io::store(to[i] + d, r[i]);
+          if (streams) Io::stream(to[i] + d, r[i]);
+          else if (width == kWidth) Io::store(to[i] + d, r[i]);
           else store_part<Io>(to[i] + d, r[i], width);
       }
     }
@@ -332,6 +341,7 @@ static void run_typed(const RegionalAttention& call, float* workspace, int threa
       const int64_t left = call.queries - first;
       kernel.tile(b, h, plan, first, left < kQueries ? int(left) : kQueries);
     }
+    end_streams();
   });
 }
 

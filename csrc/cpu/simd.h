@@ -24,6 +24,9 @@
 namespace anima {
 namespace ANIMA_ISA {
 
+// stream(p, a) stores past the caches, for results that nobody reads soon: without it, memory is read before it is
+// overwritten. p is aligned to the vector. end_streams() comes before other threads may read them.
+
 #if defined(__AVX512F__)
 
 constexpr int kWidth = 16;
@@ -34,6 +37,8 @@ struct Vec {
 };
 static ANIMA_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 static ANIMA_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.x); }
+static ANIMA_INLINE void stream(float* p, Vec a) { _mm512_stream_ps(p, a.x); }
+static ANIMA_INLINE void end_streams() { _mm_sfence(); }
 static ANIMA_INLINE Vec set1(float a) { return {_mm512_set1_ps(a)}; }
 static ANIMA_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.x, b.x)}; }
 static ANIMA_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.x, b.x)}; }
@@ -108,6 +113,8 @@ struct Vec {
 };
 static ANIMA_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
 static ANIMA_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.x); }
+static ANIMA_INLINE void stream(float* p, Vec a) { _mm256_stream_ps(p, a.x); }
+static ANIMA_INLINE void end_streams() { _mm_sfence(); }
 static ANIMA_INLINE Vec set1(float a) { return {_mm256_set1_ps(a)}; }
 static ANIMA_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.x, b.x)}; }
 static ANIMA_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.x, b.x)}; }
@@ -194,6 +201,8 @@ static ANIMA_INLINE Vec load(const float* p) {
   return a;
 }
 static ANIMA_INLINE void store(float* p, Vec a) { std::memcpy(p, &a.x, sizeof a.x); }
+static ANIMA_INLINE void stream(float* p, Vec a) { store(p, a); }
+static ANIMA_INLINE void end_streams() {}
 static ANIMA_INLINE Vec set1(float a) {
   const float lanes[4] = {a, a, a, a};
   return load(lanes);
@@ -271,6 +280,7 @@ struct Float {
   typedef float Type;
   static ANIMA_INLINE Vec load(const float* p) { return ANIMA_ISA::load(p); }
   static ANIMA_INLINE void store(float* p, Vec a) { ANIMA_ISA::store(p, a); }
+  static ANIMA_INLINE void stream(float* p, Vec a) { ANIMA_ISA::stream(p, a); }
   static ANIMA_INLINE float widen(float x) { return x; }
   static ANIMA_INLINE float narrow(float x) { return x; }
 };
@@ -278,6 +288,7 @@ struct Half {
   typedef uint16_t Type;
   static ANIMA_INLINE Vec load(const uint16_t* p) { return load_f16(p); }
   static ANIMA_INLINE void store(uint16_t* p, Vec a) { store_f16(p, a); }
+  static ANIMA_INLINE void stream(uint16_t* p, Vec a) { store_f16(p, a); }  // half a cache line: not worth it
   static ANIMA_INLINE float widen(uint16_t x) { return float_from_f16(x); }
   static ANIMA_INLINE uint16_t narrow(float x) { return f16_from_float(x); }
 };
@@ -285,6 +296,7 @@ struct BFloat16 {
   typedef uint16_t Type;
   static ANIMA_INLINE Vec load(const uint16_t* p) { return load_bf16(p); }
   static ANIMA_INLINE void store(uint16_t* p, Vec a) { store_bf16(p, a); }
+  static ANIMA_INLINE void stream(uint16_t* p, Vec a) { store_bf16(p, a); }  // half a cache line: not worth it
   static ANIMA_INLINE float widen(uint16_t x) { return float_from_bf16(x); }
   static ANIMA_INLINE uint16_t narrow(float x) { return bf16_from_float(x); }
 };
