@@ -17,6 +17,7 @@ import dataclasses
 import datetime
 import gc
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -164,9 +165,10 @@ def measure(
             result.status = "measured"
             running.append((result, prepared))
         gc.collect()  # so that no collection falls into a timed call
+        shuffled = random.Random(0)
         for number in range(rounds):
-            first = number % max(1, len(running))  # a different one each round follows the pause between rounds
-            for result, prepared in running[first:] + running[:first]:
+            # In another order each round: what one leaves behind (caches, freed memory) must not always meet the same.
+            for result, prepared in shuffled.sample(running, len(running)):
                 progress(f"round {number + 1}: {result.name}")
                 result.samples_ms.append(_timed(prepared.call, problem.q.device)[0])
     return results
