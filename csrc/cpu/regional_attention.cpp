@@ -1,6 +1,5 @@
 #include "regional_attention.h"
 
-#include "huge_pages.h"
 #include "regional_attention_layout.h"
 
 namespace anima {
@@ -11,11 +10,6 @@ int64_t regional_attention_workspace(const RegionalAttention& call, int threads)
 
 void regional_attention(const RegionalAttention& call, void* workspace, int threads, Isa isa) {
   float* floats = static_cast<float*>(workspace);
-  const int64_t row = call.heads * call.head_dim;
-  if (call.out.head == call.head_dim && call.out.row == row && call.out.batch == call.queries * row) {  // contiguous
-    const int64_t size = call.dtype == DType::kFloat32 ? 4 : 2;
-    advise_huge_pages(const_cast<void*>(call.out.data), size_t(call.batch * call.queries * row * size));
-  }
 #if defined(ANIMA_X86)
   if (isa == Isa::kAvx512) return avx512::run(call, floats, threads);
   if (isa == Isa::kAvx2) return avx2::run(call, floats, threads);

@@ -336,8 +336,11 @@ static void run_typed(const RegionalAttention& call, float* workspace, int threa
     kernel.pack(b, h / (call.heads / call.kv_heads), call.segments + 3 * plan * call.segments_per_plan);
     const int64_t begin = item % chunks * share;
     const int64_t end = begin + share < tiles ? begin + share : tiles;
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t first = t * kQueries;
+    // Threads start at different tiles: rows of all heads lie side by side, so the first touch of a fresh output is
+    // a page fault for every head at once, and threads at the same tile would wait for each other's.
+    const int64_t count = end - begin, first_tile = count * thread / threads;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t first = (begin + (first_tile + i) % count) * kQueries;
       const int64_t left = call.queries - first;
       kernel.tile(b, h, plan, first, left < kQueries ? int(left) : kQueries);
     }
