@@ -3,11 +3,10 @@
 #pragma once
 #include <cstdint>
 
+#include "../common/tensor.h"
 #include "isa.h"
 
 namespace anima {
-
-enum class DType { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 struct Strided {
   const void* data;
