@@ -275,6 +275,60 @@ static ANIMA_INLINE Vec exp_nonpositive(Vec x) {
   return zero_below(scale_by_power(p, n), x, limit);
 }
 
+// The smaller; x where either is NaN.
+static ANIMA_INLINE Vec min(Vec x, Vec limit) {
+  const Vec zero = set1(0.0f);
+  return zero - max(zero - x, zero - limit);
+}
+
+// e^x for any x to 2 ulp; 0 below -86.6, inf above 88.73; NaN stays.
+static ANIMA_INLINE Vec exponential(Vec x) {
+  const Vec limit = set1(-86.6f);
+  const Vec clamped = min(x, set1(89.0f));
+  const Vec n = round(clamped * set1(1.44269504088896341f));
+  const Vec r = fma(n, set1(2.12194440e-4f), fma(n, set1(-0.693359375f), clamped));
+  Vec p = set1(1.0f / 720);
+  p = fma(p, r, set1(1.0f / 120));
+  p = fma(p, r, set1(1.0f / 24));
+  p = fma(p, r, set1(1.0f / 6));
+  p = fma(p, r, set1(0.5f));
+  p = fma(p, r, set1(1.0f));
+  p = fma(p, r, set1(1.0f));
+  return zero_below(scale_by_power(p, n - set1(1.0f)) * set1(2.0f), x, limit);  // n reaches 128
+}
+
+// log(1 + e^x) = max(x, 0) + log1p(u), u = e^-|x|;  log1p(u) = 2 atanh(s), s = u / (2 + u) <= 1/3, as a series in s^2.
+static ANIMA_INLINE Vec softplus(Vec x) {
+  const Vec u = exp_nonpositive(min(x, set1(0.0f) - x));
+  const Vec s = u / (u + set1(2.0f)), s2 = s * s;
+  Vec p = set1(1.0f / 15);
+  p = fma(p, s2, set1(1.0f / 13));
+  p = fma(p, s2, set1(1.0f / 11));
+  p = fma(p, s2, set1(1.0f / 9));
+  p = fma(p, s2, set1(1.0f / 7));
+  p = fma(p, s2, set1(1.0f / 5));
+  p = fma(p, s2, set1(1.0f / 3));
+  p = fma(p, s2, set1(1.0f));
+  return fma(s + s, p, max(x, set1(0.0f)));
+}
+
+// x / (1 + e^-x)
+static ANIMA_INLINE Vec silu(Vec x) { return x / (exponential(set1(0.0f) - x) + set1(1.0f)); }
+
+static ANIMA_INLINE float sum_lanes(Vec a) {
+  float lanes[kWidth];
+  store(lanes, a);
+  for (int half = kWidth / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+static ANIMA_INLINE Vec lane_numbers() {
+  float lanes[kWidth];
+  for (int i = 0; i < kWidth; ++i) lanes[i] = float(i);
+  return load(lanes);
+}
+
 // Inputs and outputs of each type; T is float, or uint16_t tagged by kBf16.
 struct Float {
   typedef float Type;
