@@ -162,7 +162,7 @@ class Library:
         known = {name: (t, name in WRITTEN) for name, t in named.items() if isinstance(t, torch.Tensor)}
         with (
             mock.patch.object(module, "extension", lambda: self),
-            mock.patch.object(module, "stream", lambda device: 0),
+            mock.patch.object(module, "stream", lambda device: contextlib.nullcontext(0)),
             self.buffers(known),
             _Allocations(self, [t for t, _ in known.values()]),
         ):
