@@ -2,7 +2,7 @@
 
 Everything declarative is in pyproject.toml. What needs code:
 
-- One build.ninja over bindings/module.cpp and csrc/cpu/*.cpp: parallel, and header edits rebuild (depfiles).
+- One build.ninja over bindings/*.cpp and csrc/cpu/*.cpp: parallel, and header edits rebuild (depfiles).
 - The instruction set is chosen at run time, so each file is compiled for exactly one: `*_avx2.cpp` and
   `*_avx512.cpp` with their flags, every other file for the machine's baseline. Never -march=native (a wheel
   must run elsewhere) and never -ffast-math (NaN and -inf carry meaning in the kernels).
@@ -33,7 +33,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CompileError
 
-SOURCES = ["bindings/module.cpp", *sorted(p.as_posix() for p in Path("csrc/cpu").glob("*.cpp"))]
+SOURCES = [p.as_posix() for folder in ("bindings", "csrc/cpu") for p in sorted(Path(folder).glob("*.cpp"))]
 MSVC = sys.platform == "win32"
 
 # File-name suffix -> flags. MSVC's /arch:AVX2 includes FMA and F16C.

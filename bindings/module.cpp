@@ -9,6 +9,7 @@
 
 #include "../csrc/cpu/isa.h"
 #include "../csrc/cpu/regional_attention.h"
+#include "scans.h"
 
 namespace py = pybind11;
 
@@ -18,14 +19,6 @@ using Strides = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;  // address; s
 
 anima::Strided strided(const Strides& x) {
   return {reinterpret_cast<const void*>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x)};
-}
-
-anima::Isa isa_from(const std::string& name) {
-  for (const anima::Isa isa : {anima::Isa::kPortable, anima::Isa::kAvx2, anima::Isa::kAvx512})
-    if (name == anima::isa_name(isa) && isa <= anima::best_isa()) return isa;
-  if (name.empty()) return anima::best_isa();
-  throw std::invalid_argument("isa: got '" + name + "'; allowed: this machine's, up to '" +
-                              anima::isa_name(anima::best_isa()) + "'");
 }
 
 std::vector<std::string> isas() {
@@ -60,6 +53,14 @@ struct Call {
 
 }  // namespace
 
+anima::Isa isa_from(const std::string& name) {
+  for (const anima::Isa isa : {anima::Isa::kPortable, anima::Isa::kAvx2, anima::Isa::kAvx512})
+    if (name == anima::isa_name(isa) && isa <= anima::best_isa()) return isa;
+  if (name.empty()) return anima::best_isa();
+  throw std::invalid_argument("isa: got '" + name + "'; allowed: this machine's, up to '" +
+                              anima::isa_name(anima::best_isa()) + "'");
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ kernels of anima_fast, over raw pointers";
 
@@ -74,6 +75,8 @@ PYBIND11_MODULE(_C, m) {
 #endif
     return result;
   });
+
+  bind_scans(m);
 
   py::class_<Call>(m, "RegionalAttention", "One regional_attention call: csrc/cpu/regional_attention.h")
       .def(py::init<std::vector<int64_t>, int, std::vector<int64_t>, std::vector<int64_t>, int64_t, double, bool>(),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +16,15 @@ def extension() -> ModuleType:
     """`anima_fast._C`. torch is imported first, so that both share one OpenMP runtime."""
     importlib.import_module("torch")
     return importlib.import_module("anima_fast._C")
+
+
+@contextlib.contextmanager
+def workspace(size: int) -> Iterator[int]:
+    """The address, a multiple of 64, of `size` bytes that live as long as the context. From torch: reused, profiled."""
+    import torch
+
+    block = torch.empty(size + 64, dtype=torch.uint8)
+    yield -(-block.data_ptr() // 64) * 64
 
 
 @functools.cache

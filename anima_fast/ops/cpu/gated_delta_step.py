@@ -1,0 +1,30 @@
+"""The gated delta rule token by token in C++: csrc/cpu/gated_delta_step_kernel.h."""
+
+from __future__ import annotations
+
+import torch
+
+from . import workspace
+from .gated_delta_rule import delta_call
+
+
+def gated_delta_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    o: torch.Tensor,
+    final_state: torch.Tensor | None,
+    *,
+    initial_state: torch.Tensor | None,
+    scale: float,
+    l2norm: bool,
+    cu_seqlens: torch.Tensor | None,
+    isa: str = "",
+) -> None:
+    """Write the outputs to `o` and, if asked for, the last states."""
+    call = delta_call(q, k, v, g, beta, o, final_state, initial_state, scale, l2norm, cu_seqlens)
+    threads = torch.get_num_threads()
+    with workspace(call.cpu_step_workspace(threads)) as place:
+        call.cpu_step(place, threads, isa)

@@ -1,0 +1,203 @@
+// Depthwise causal convolution: out[b, c, t] = act(bias[c] + Σ_j weight[c, j] x[b, c, t - (W-1) + j]).
+//
+// Two ways through memory. Where channels are neighbours (unit stride of C), lanes are channels and a task walks tokens
+// of a strip of channels. Otherwise lanes are tokens of one channel; with strides of neither kind, one at a time.
+// A tap that would reach before the sequence (seq_idx) or before token 0 finds an initial state or 0.
+#pragma once
+#include "chunk_scan.h"
+
+namespace anima {
+namespace ANIMA_ISA {
+namespace {
+
+constexpr int64_t kMostTaps = 16;
+constexpr int64_t kTokens = 256;  // tokens a task
+
+// reach[t]: how many tokens of the same sequence lie before t, at most W - 1; -1: padding (a negative index). Without
+// seq_idx tokens before 0 are the initial states and count, if there are any.
+static int reach_of(const CausalConv1d& call, int64_t b, int64_t t) {
+  const int taps = int(call.width) - 1;
+  if (!call.seq_idx) return call.initial_states.data || t >= taps ? taps : int(t);
+  const int32_t* index = call.seq_idx + b * call.length;
+  if (index[t] < 0) return -1;
+  int reach = 0;
+  while (reach < taps && t - reach - 1 >= 0 && index[t - reach - 1] == index[t]) ++reach;
+  return reach;
+}
+
+template <class Io>
+struct Conv {
+  typedef typename Io::Type T;
+  const CausalConv1d& call;
+
+  // x[b, c, t]; t < 0: the initial states.
+  const T* at(int64_t b, int64_t c, int64_t t) const {
+    const Tensor& x = t < 0 ? call.initial_states : call.x;
+    return static_cast<const T*>(x.data) + b * x.stride[0] + c * x.stride[1] +
+           (t < 0 ? t + call.width - 1 : t) * x.stride[2];
+  }
+  T* out_at(int64_t b, int64_t c, int64_t t) const {
+    return static_cast<T*>(call.out.data) + b * call.out.stride[0] + c * call.out.stride[1] + t * call.out.stride[2];
+  }
+  float weight(int64_t c, int64_t j) const {
+    return widen(call.weight, c * call.weight.stride[0] + j * call.weight.stride[1]);
+  }
+  float bias(int64_t c) const { return call.bias.data ? widen(call.bias, c * call.bias.stride[0]) : 0.0f; }
+  Vec activate(Vec sum) const { return call.silu ? silu(sum) : sum; }
+
+  // Lanes are channels c0 …, `count` of them, with the strip's weights in registers.
+  void channels(int64_t b, int64_t c0, int count, int64_t begin, int64_t end) const {
+    const int64_t width = call.width;
+    Vec taps[kMostTaps], offset;
+    float lanes[kWidth] = {};
+    for (int64_t j = 0; j < width; ++j) {
+      for (int i = 0; i < count; ++i) lanes[i] = weight(c0 + i, j);
+      taps[j] = load(lanes);
+    }
+    for (int i = 0; i < count; ++i) lanes[i] = bias(c0 + i);
+    offset = load(lanes);
+    const bool unit_initial = !call.initial_states.data || call.initial_states.stride[1] == 1;
+    for (int64_t t = begin; t < end; ++t) {
+      const int reach = reach_of(call, b, t);
+      Vec sum = offset;
+      for (int64_t j = width - 1 - reach; j < width && reach >= 0; ++j) {
+        const int64_t from = t - (width - 1) + j;
+        Vec x;
+        if (from < 0 && !unit_initial) {
+          for (int i = 0; i < count; ++i) lanes[i] = Io::widen(*at(b, c0 + i, from));
+          x = load(lanes);
+        } else {
+          const T* p = at(b, c0, from);
+          x = count == kWidth ? Io::load(p) : load_part<Io>(p, count);
+        }
+        sum = fma(taps[j], x, sum);
+      }
+      const Vec result = reach < 0 ? set1(0.0f) : activate(sum);
+      if (count == kWidth) Io::store(out_at(b, c0, t), result);
+      else store_part<Io>(out_at(b, c0, t), result, count);
+    }
+  }
+
+  // Lanes are tokens of channel c, where every tap of all of them lies in x at unit stride; else one by one.
+  void tokens(int64_t b, int64_t c, int64_t begin, int64_t end) const {
+    const int64_t width = call.width;
+    const bool unit = call.x.stride[2] == 1 && call.out.stride[2] == 1 && !call.seq_idx;
+    float taps[kMostTaps];
+    for (int64_t j = 0; j < width; ++j) taps[j] = weight(c, j);
+    const float offset = bias(c);
+    for (int64_t t = begin; t < end;) {
+      if (unit && t >= width - 1 && t + kWidth <= end) {
+        Vec sum = set1(offset);
+        for (int64_t j = 0; j < width; ++j) sum = fma(set1(taps[j]), Io::load(at(b, c, t - (width - 1) + j)), sum);
+        Io::store(out_at(b, c, t), activate(sum));
+        t += kWidth;
+        continue;
+      }
+      const int reach = reach_of(call, b, t);
+      float sum = offset;
+      for (int64_t j = width - 1 - reach; j < width && reach >= 0; ++j)
+        sum += taps[j] * Io::widen(*at(b, c, t - (width - 1) + j));
+      store_part<Io>(out_at(b, c, t), reach < 0 ? set1(0.0f) : activate(set1(sum)), 1);
+      ++t;
+    }
+  }
+
+  // The last W - 1 of (initial states or 0, x).
+  void final_states(int64_t b, int64_t c) const {
+    const Tensor& to = call.final_states;
+    for (int64_t j = 0; j < call.width - 1; ++j) {
+      const int64_t t = call.length - (call.width - 1) + j;
+      static_cast<T*>(to.data)[b * to.stride[0] + c * to.stride[1] + j * to.stride[2]] =
+          t >= 0 || call.initial_states.data ? *at(b, c, t) : T(0);
+    }
+  }
+};
+
+template <class Io>
+static void conv_typed(const CausalConv1d& call, int threads) {
+  const Conv<Io> conv{call};
+  const bool by_channels = call.x.stride[1] == 1 && call.out.stride[1] == 1 && call.channels > 1;
+  const int64_t strip = by_channels ? kWidth : 1;
+  // A task: some strips that lie side by side, so that whole cache lines and pages are used, and kTokens tokens.
+  const int64_t strips_per_task = by_channels ? 512 / kWidth : 8;
+  const int64_t strips = (call.channels + strip - 1) / strip;
+  const int64_t columns = (strips + strips_per_task - 1) / strips_per_task;
+  const int64_t rows = (call.length + kTokens - 1) / kTokens;
+  parallel_for(call.batch * rows * columns, threads, [&](int64_t item, int) {
+    const int64_t b = item / (rows * columns), begin = item / columns % rows * kTokens;
+    const int64_t end = begin + kTokens < call.length ? begin + kTokens : call.length;
+    const int64_t first = item % columns * strips_per_task;
+    for (int64_t s = first; s < first + strips_per_task && s < strips; ++s) {
+      const int64_t left = call.channels - s * strip;
+      if (by_channels) conv.channels(b, s * strip, left < kWidth ? int(left) : kWidth, begin, end);
+      else conv.tokens(b, s, begin, end);
+    }
+  });
+  if (call.final_states.data)
+    for (int64_t b = 0; b < call.batch; ++b)
+      for (int64_t c = 0; c < call.channels; ++c) conv.final_states(b, c);
+}
+
+template <class Io>
+static void update_channel(const CausalConv1dUpdate& call, int64_t b, int64_t c) {
+  typedef typename Io::Type T;
+  const int64_t slot = call.state_indices ? call.state_indices[b] : b, width = call.width, size = call.state_length;
+  const auto put = [&](int64_t t, Vec value) {
+    const Tensor& to = call.out;
+    store_part<Io>(static_cast<T*>(to.data) + b * to.stride[0] + c * to.stride[1] + t * to.stride[2], value, 1);
+  };
+  if (slot < 0 || slot >= call.slots) {
+    for (int64_t t = 0; t < call.length; ++t) put(t, set1(0.0f));
+    return;
+  }
+  T* const state = static_cast<T*>(call.conv_state.data) + slot * call.conv_state.stride[0] + c * call.conv_state.stride[1];
+  const int64_t step = call.conv_state.stride[2];
+  const T* const x = static_cast<const T*>(call.x.data) + b * call.x.stride[0] + c * call.x.stride[1];
+  // Position of the token `back` places before the first of x.
+  const int64_t start = call.cache_seqlens ? call.cache_seqlens[b] : size;
+  const auto ring = [&](int64_t position) { return ((position % size) + size) % size; };
+  float taps[kMostTaps], window[kMostTaps];
+  for (int64_t j = 0; j < width; ++j) taps[j] = widen(call.weight, c * call.weight.stride[0] + j * call.weight.stride[1]);
+  const float offset = call.bias.data ? widen(call.bias, c * call.bias.stride[0]) : 0.0f;
+  for (int64_t j = 0; j < width - 1; ++j) window[j] = Io::widen(state[ring(start - (width - 1) + j) * step]);
+  for (int64_t t = 0; t < call.length; ++t) {
+    window[width - 1] = Io::widen(x[t * call.x.stride[2]]);
+    float sum = offset;
+    for (int64_t j = 0; j < width; ++j) sum += taps[j] * window[j];
+    put(t, call.silu ? silu(set1(sum)) : set1(sum));
+    for (int64_t j = 0; j + 1 < width; ++j) window[j] = window[j + 1];
+  }
+  if (call.cache_seqlens) {
+    for (int64_t t = 0; t < call.length; ++t) state[ring(start + t) * step] = x[t * call.x.stride[2]];
+  } else {
+    for (int64_t j = 0; j < size; ++j) {
+      const int64_t from = j + call.length;  // of (state, x)
+      state[j * step] = from < size ? state[from * step] : x[(from - size) * call.x.stride[2]];
+    }
+  }
+}
+
+}  // namespace
+
+void causal_conv1d(const CausalConv1d& call, int threads) {
+  switch (call.x.dtype) {
+    case DType::kFloat32: return conv_typed<Float>(call, threads);
+    case DType::kFloat16: return conv_typed<Half>(call, threads);
+    case DType::kBFloat16: return conv_typed<BFloat16>(call, threads);
+  }
+}
+
+void causal_conv1d_update(const CausalConv1dUpdate& call, int threads) {
+  const int64_t strip = 512, strips = (call.channels + strip - 1) / strip;
+  parallel_for(call.batch * strips, threads, [&](int64_t item, int) {
+    const int64_t b = item / strips, first = item % strips * strip;
+    for (int64_t c = first; c < first + strip && c < call.channels; ++c) switch (call.x.dtype) {
+        case DType::kFloat32: update_channel<Float>(call, b, c); break;
+        case DType::kFloat16: update_channel<Half>(call, b, c); break;
+        case DType::kBFloat16: update_channel<BFloat16>(call, b, c); break;
+      }
+  });
+}
+
+}  // namespace ANIMA_ISA
+}  // namespace anima
