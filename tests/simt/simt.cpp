@@ -209,7 +209,7 @@ void check_cells(std::vector<Cell>& shadow, size_t offset, size_t bytes, bool wr
   for (size_t i = offset / kCell; i <= (offset + bytes - 1) / kCell; ++i) {
     Cell& cell = shadow[i];
     if (shared_memory && !write && cell.write.epoch < block_start)
-      return fail_thread("read of " + where(i * kCell) + ", which nothing has written", code);
+      return fail_thread("read of " + where(i * kCell) + ", which nothing has written yet", code);
     if (unordered(cell.write, shared_memory))
       return fail_thread(conflict(write ? "write to" : "read of", "write", cell.write, where(i * kCell)), code);
     if (!write) {
@@ -480,11 +480,13 @@ void barrier(const char* kind, const char* file, int line) { wait_as(State::kAtB
 void copy_async(void* shared, const void* global, size_t bytes, size_t read_bytes) {
   const void* code = __builtin_return_address(0);
   if (size_t(shared) % bytes || size_t(global) % bytes) fail_thread("misaligned cp.async", code);
+  if (!dynamic.holds(static_cast<char*>(shared))) fail_thread("cp.async to other than dynamic shared memory", code);
   access(shared, bytes, true, code);
   if (read_bytes) access(global, read_bytes, false, code);
   std::vector<char> data(bytes, 0);
   std::memcpy(data.data(), global, read_bytes);
-  std::memset(shared, 0xff, bytes);  // until it is waited for: NaN
+  std::memset(shared, 0xff, bytes);  // until it is waited for: NaN, and unwritten
+  for (size_t i = 0; i < bytes; i += kCell) dynamic_shadow[size_t(static_cast<char*>(shared) + i - dynamic_memory) / kCell].write = {};
   current->copies.push_back({static_cast<char*>(shared), std::move(data), current->copy_group});
 }
 

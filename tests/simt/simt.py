@@ -29,6 +29,9 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import anima_fast.ops.cpu as ops_cpu
+import anima_fast.ops.cuda as ops_cuda
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CACHE = ROOT / "build" / "simt"
@@ -122,7 +125,7 @@ class Library:
 
     @contextlib.contextmanager
     def buffers(self, tensors: dict[str, tuple[torch.Tensor, bool]]):
-        """These tensors, name: (tensor, writable), are the global memory of the launches inside. Raises what they found."""
+        """These tensors, name: (tensor, writable), are the global memory of the launches inside."""
         self.c.simt_reset()
         for name, (tensor, writable) in tensors.items():
             self._register(name, tensor, writable)
@@ -155,17 +158,20 @@ class Library:
             self.check(entry(*(_plain(a) for a in arguments)))
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Calls a backend function of anima_fast/ops/cuda with CPU tensors; its module's `extension` and `stream` are
-        replaced, so it must use them under these names."""
-        module = sys.modules[function.__module__]
+        """Calls a backend function of anima_fast/ops/cuda with CPU tensors, this library in the extension's place."""
         named = inspect.signature(function).bind(*args, **kwargs).arguments
         known = {name: (t, name in WRITTEN) for name, t in named.items() if isinstance(t, torch.Tensor)}
-        with (
-            mock.patch.object(module, "extension", lambda: self),
-            mock.patch.object(module, "stream", lambda device: contextlib.nullcontext(0)),
-            self.buffers(known),
-            _Allocations(self, [t for t, _ in known.values()]),
-        ):
+        with contextlib.ExitStack() as stack:
+            for name, module in list(sys.modules.items()):
+                if name.startswith("anima_fast.ops."):
+                    if getattr(module, "extension", None) is ops_cpu.extension:
+                        stack.enter_context(mock.patch.object(module, "extension", lambda: self))
+                    if getattr(module, "stream", None) is ops_cuda.stream:
+                        stack.enter_context(
+                            mock.patch.object(module, "stream", lambda device: contextlib.nullcontext(0))
+                        )
+            stack.enter_context(self.buffers(known))
+            stack.enter_context(_Allocations(self, [t for t, _ in known.values()]))
             return function(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -179,7 +185,7 @@ class Library:
 
 
 class _Allocations(TorchDispatchMode):
-    """Makes every tensor that torch allocates inside a writable buffer, poisoned where torch leaves it uninitialised."""
+    """Makes every tensor that torch allocates inside a writable buffer; uninitialised memory is poisoned."""
 
     def __init__(self, library: Library, known: list[torch.Tensor]) -> None:
         super().__init__()
@@ -220,10 +226,9 @@ def _structs() -> dict[str, type[ctypes.Structure]]:
     for name, body in re.findall(r"struct (\w+) \{(.*?)\};", text, re.DOTALL):
         fields = []
         for declaration in filter(None, map(str.strip, body.split(";"))):
-            kind, names = re.fullmatch(
-                rf"({'|'.join(map(re.escape, _FIELD_TYPES))})\s+(.+)", declaration, re.DOTALL
-            ).groups()
-            fields += [(field.strip(), _FIELD_TYPES[kind]) for field in names.split(",")]
+            kind = next(kind for kind in _FIELD_TYPES if declaration.startswith(f"{kind} "))
+            names = declaration.removeprefix(kind).split(",")
+            fields += [(field.strip(), _FIELD_TYPES[kind]) for field in names]
         structs[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
     return structs
 
