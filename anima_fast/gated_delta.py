@@ -201,6 +201,7 @@ def _run(
     output_final_state: bool,
     l2norm: bool,
     cu_seqlens: torch.Tensor | None,
+    *,
     backend: str,
     **options: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -236,7 +237,8 @@ def _gated_delta_rule(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.library.impl("anima_fast::gated_delta_step", "default")
 def _gated_delta_step(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return _run(STEP, *arguments)
+    *others, backend = arguments
+    return _run(STEP, *others, backend=backend)
 
 
 def _fake(
