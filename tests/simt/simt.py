@@ -32,6 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import anima_fast.ops.cpu as ops_cpu
 import anima_fast.ops.cuda as ops_cuda
 
+_EXTENSION, _STREAM = ops_cpu.extension, ops_cuda.stream  # what `run` replaces
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CACHE = ROOT / "build" / "simt"
@@ -164,9 +166,9 @@ class Library:
         with contextlib.ExitStack() as stack:
             for name, module in list(sys.modules.items()):
                 if name.startswith("anima_fast.ops."):
-                    if getattr(module, "extension", None) is ops_cpu.extension:
+                    if getattr(module, "extension", None) is _EXTENSION:
                         stack.enter_context(mock.patch.object(module, "extension", lambda: self))
-                    if getattr(module, "stream", None) is ops_cuda.stream:
+                    if getattr(module, "stream", None) is _STREAM:
                         stack.enter_context(
                             mock.patch.object(module, "stream", lambda device: contextlib.nullcontext(0))
                         )
@@ -254,15 +256,21 @@ class Call:
         self._struct = struct(**values)
 
     def cuda_workspace(self) -> int:
-        function = getattr(self._library.c, f"simt_{self._op}_workspace")
+        return self._workspace(self._op)
+
+    def cuda_step_workspace(self) -> int:
+        return self._workspace("gated_delta_step")
+
+    def cuda(self, workspace: int, stream: int) -> None:
+        self._run(self._op, workspace)
+
+    def cuda_step(self, workspace: int, stream: int) -> None:
+        self._run("gated_delta_step", workspace)
+
+    def _workspace(self, op: str) -> int:
+        function = getattr(self._library.c, f"simt_{op}_workspace")
         function.restype = ctypes.c_int64
         return int(function(ctypes.byref(self._struct)))
-
-    def cuda(self, *workspace_and_stream: int) -> None:
-        self._run(self._op, workspace_and_stream[0] if len(workspace_and_stream) > 1 else 0)
-
-    def cuda_step(self, stream: int) -> None:
-        self._run("gated_delta_step", 0)
 
     def _run(self, op: str, workspace: int) -> None:
         function = getattr(self._library.c, f"simt_{op}")
