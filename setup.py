@@ -1,4 +1,4 @@
-"""Builds the extension `anima_fast._C` with ninja, or records why it could not be built.
+"""Builds the extension `anima_fast._C` with ninja, or records what could not be built and why.
 
 Everything declarative is in pyproject.toml. What needs code:
 
@@ -7,13 +7,19 @@ Everything declarative is in pyproject.toml. What needs code:
   `*_avx512.cpp` with their flags, every other file for the machine's baseline. Never -march=native (a wheel
   must run elsewhere) and never -ffast-math (NaN and -inf carry meaning in the kernels).
 - Torch is neither needed to build nor linked: the extension takes raw pointers.
-- Without a working compiler the package installs pure-Python. anima_fast/_build.json says which of the two
-  happened and why; `anima-fast info` prints it.
+- csrc/cuda/*.cu go into the same extension if nvcc is found (in $CUDA_HOME, $CUDA_PATH or on PATH), as machine
+  code for each architecture and PTX of the newest for what comes later. The CUDA runtime is linked statically and
+  hidden: torch's may be another version. A machine without a GPU or driver can build and load the result.
+- Without a working compiler the package installs pure-Python, without a working nvcc without CUDA kernels.
+  anima_fast/_build.json says what happened and why; `anima-fast info` prints it.
 
 Environment:
   ANIMA_FAST_REQUIRE_EXT=1      fail instead of installing without the extension
   ANIMA_FAST_NO_EXT=1           leave the extension out on purpose
-  CXX (or CC), CPPFLAGS, CXXFLAGS, LDFLAGS, ARCHFLAGS      as usual
+  ANIMA_FAST_REQUIRE_CUDA=1     fail instead of installing without CUDA kernels
+  ANIMA_FAST_NO_CUDA=1          leave the CUDA kernels out on purpose
+  ANIMA_FAST_CUDA_ARCHS="80;89" the architectures to compile for; default: all of CUDA_ARCHS that nvcc knows
+  CXX (or CC), CPPFLAGS, CXXFLAGS, LDFLAGS, ARCHFLAGS, NVCC_APPEND_FLAGS      as usual
 """
 
 import json
@@ -34,6 +40,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CompileError
 
 SOURCES = [p.as_posix() for folder in ("bindings", "csrc/cpu") for p in sorted(Path(folder).glob("*.cpp"))]
+CUDA_SOURCES = [p.as_posix() for p in sorted(Path("csrc/cuda").glob("*.cu"))]
+CUDA_ARCHS = (75, 80, 86, 89, 90, 100, 120)
 MSVC = sys.platform == "win32"
 
 # File-name suffix -> flags. MSVC's /arch:AVX2 includes FMA and F16C.
@@ -44,11 +52,16 @@ ISA_FLAGS = {
 
 PROBE_BASE = "#include <Python.h>\n#include <optional>\nstd::optional<int> probe() { return 1; }\n"
 PROBE_X86 = "#if !defined(__x86_64__) && !defined(_M_X64)\n#error not x86-64\n#endif\n"
+PROBE_CUDA = "#include <cuda_runtime.h>\n__global__ void kernel() {}\nvoid probe() { kernel<<<1, 1>>>(); }\n"
 PROBE_OPENMP = "#include <omp.h>\nint probe() { return omp_get_max_threads(); }\n"
 
 
 class Unavailable(Exception):
     """The extension cannot be built here; the message is the reason shown to the user."""
+
+
+class CudaUnavailable(Exception):
+    """The same of the CUDA kernels: the extension is built without them."""
 
 
 def enabled(variable: str) -> bool:
@@ -146,16 +159,77 @@ class MsvcToolchain:
     depfile = (["/showIncludes"], {"deps": "msvc"})
 
 
-def probe(toolchain, source: str, flags: list[str]) -> str | None:
+def probe(toolchain, source: str, flags: list[str], nvcc=None) -> str | None:
     """Compiles and links a small file. None if that works, else the first error."""
     with tempfile.TemporaryDirectory() as folder:
-        file, obj, out = (str(Path(folder) / name) for name in ("probe.cpp", "probe.o", "probe.so"))
+        file, obj, out = (
+            str(Path(folder) / name) for name in ("probe.cu" if nvcc else "probe.cpp", "probe.o", "probe.so")
+        )
         Path(file).write_text(source)
-        for command in (toolchain.compile(file, obj, flags), toolchain.link([obj], out, flags)):
+        compile_command = nvcc.compile(file, obj, []) if nvcc else toolchain.compile(file, obj, flags)
+        for command in (compile_command, toolchain.link([obj], out, flags)):
             done = subprocess.run(command, env=toolchain.env, capture_output=True, text=True, cwd=folder)
             if done.returncode:
                 return first_error(done.stdout + done.stderr)
     return None
+
+
+class Nvcc:
+    """nvcc over the toolchain's own C++ compiler; the toolchain links what it makes."""
+
+    def __init__(self, toolchain) -> None:
+        if enabled("ANIMA_FAST_NO_CUDA"):
+            raise CudaUnavailable("left out on request (ANIMA_FAST_NO_CUDA is set)")
+        if not CUDA_SOURCES:
+            raise CudaUnavailable("there are no CUDA sources")
+        homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+        found = [shutil.which("nvcc", path=str(Path(home) / "bin")) for home in homes] + [shutil.which("nvcc")]
+        self.path = next(filter(None, found), None)
+        if self.path is None:
+            raise CudaUnavailable("nvcc was not found (looked in $CUDA_HOME, $CUDA_PATH and on PATH)")
+        self.env = toolchain.env
+        release = re.search(r"release ([\d.]+)", self._run("--version"))
+        self.name = f"nvcc {release[1] if release else 'of an unknown release'} ({self.path})"
+        self.archs = self._archs({int(n) for n in re.findall(r"compute_(\d+)(?!\w)", self._run("--list-gpu-arch"))})
+
+        newest = self.archs[-1]
+        self.code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.archs]
+        self.code.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+        self.cflags = ["-O3", "-std=c++17", "-DNDEBUG", "--threads", "1"]
+        if MSVC:
+            self.cflags += ["-Xcompiler", "/MD,/EHsc,/utf-8"]
+        else:
+            # Not with what precedes it ("ccache g++"): nvcc takes one program.
+            compiler = next(word for word in reversed(toolchain.command) if not word.startswith("-"))
+            self.cflags += ["-ccbin", compiler, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        # nvcc knows where its runtime library is; it says so when asked what it would do.
+        folders = re.findall(r'"(?:-L|/LIBPATH:)([^"]+)"', self._run("--dryrun", "-c", "probe.cu", "-o", "probe.o"))
+        if MSVC:
+            self.ldflags = [*(f"/LIBPATH:{folder}" for folder in folders), "cudart_static.lib"]
+        else:
+            self.ldflags = [*(f"-L{folder}" for folder in folders), "-lcudart_static", "-lpthread", "-ldl"]
+            if sys.platform == "linux":
+                self.ldflags += ["-lrt", "-Wl,--exclude-libs,libcudart_static.a"]
+
+    def _run(self, *arguments: str) -> str:
+        done = subprocess.run([self.path, *arguments], env=self.env, capture_output=True, text=True)
+        if done.returncode:
+            raise CudaUnavailable(f"{self.path} does not run: {first_error(done.stdout + done.stderr)}")
+        return done.stdout + done.stderr
+
+    def _archs(self, known: set[int]) -> list[int]:
+        asked = os.environ.get("ANIMA_FAST_CUDA_ARCHS", "")
+        archs = re.split(r"[;,\s]+", asked.strip()) if asked.strip() else [str(arch) for arch in CUDA_ARCHS]
+        unknown = [arch for arch in archs if not arch.isdecimal() or int(arch) not in known]
+        if asked.strip() and unknown:
+            allowed = " ".join(map(str, sorted(known)))
+            raise CudaUnavailable(f"ANIMA_FAST_CUDA_ARCHS: got {asked!r}; {self.name} knows {allowed}")
+        return sorted({int(arch) for arch in archs if arch not in unknown})
+
+    def compile(self, source: str, output: str, flags: list[str]) -> list[str]:
+        return [self.path, *self.cflags, *flags, "-c", source, "-o", output]
+
+    depfile = (["-MD", "-MF", "$out.d"], {"depfile": "$out.d", "deps": "gcc"})
 
 
 class BuildExtension(build_ext):
@@ -169,6 +243,7 @@ class BuildExtension(build_ext):
     def run(self) -> None:
         self.record = {
             "extension": False, "reason": None, "compiler": None, "isa": [], "openmp": False, "flags": {},
+            "cuda": {"built": False, "reason": None, "compiler": None, "archs": [], "flags": None},
         }  # fmt: skip
         super().run()
         for package in self._package_dirs():
@@ -185,8 +260,9 @@ class BuildExtension(build_ext):
             self._build()
         except Unavailable as error:
             self.record["reason"] = str(error)
-            if enabled("ANIMA_FAST_REQUIRE_EXT"):
-                raise CompileError(f"ANIMA_FAST_REQUIRE_EXT is set, but {error}") from None
+            for variable in ("ANIMA_FAST_REQUIRE_CUDA", "ANIMA_FAST_REQUIRE_EXT"):
+                if enabled(variable):
+                    raise CompileError(f"{variable} is set, but {error}") from None
             line = "=" * 80
             print(
                 f"{line}\nanima-fast is being installed without its C++ extension (pure Python):\n  {error}\n"
@@ -209,7 +285,6 @@ class BuildExtension(build_ext):
         openmp = [] if probe(toolchain, PROBE_OPENMP, toolchain.openmp) else toolchain.openmp
         x86 = probe(toolchain, PROBE_X86, []) is None
 
-        import ninja
         import pybind11
 
         common = [*toolchain.include("csrc", system=False), *python]
@@ -217,43 +292,21 @@ class BuildExtension(build_ext):
         common += ["-DANIMA_X86=1"] if x86 else []
         sources = [source for source in SOURCES if x86 or isa_of(source) == "baseline"]
         flags = {isa: ISA_FLAGS.get(isa, []) for isa in sorted({isa_of(source) for source in sources})}
+        rules = {isa: toolchain.compile("@in@", "@out@", [*common, *isa_flags]) for isa, isa_flags in flags.items()}
 
-        folder = Path(self.build_temp)
-        folder.mkdir(parents=True, exist_ok=True)
-        library = folder / Path(self.get_ext_filename("anima_fast._C")).name
-        join = subprocess.list2cmdline if MSVC else shlex.join
-
-        def command(arguments: list[str]) -> str:
-            # $in and $out are ninja's variables, which it quotes itself; every other dollar is literal.
-            text = join([argument.replace("$", "$$") for argument in arguments])
-            return text.replace("@in@", "$in").replace("@out@", "$out")
-
-        deps_flags, deps = toolchain.depfile
-        with open(folder / "build.ninja", "w") as file:
-            writer = ninja.Writer(file)
-            writer.variable("builddir", str(folder))
-            for isa, isa_flags in flags.items():
-                compile_command = toolchain.compile("@in@", "@out@", [*common, *isa_flags])
-                writer.rule(
-                    f"compile_{isa}",
-                    f"{command(compile_command)} {' '.join(deps_flags)}",
-                    description=f"compile {isa} $in",
-                    **deps,
-                )
-            writer.rule("link", command(toolchain.link(["@in@"], "@out@", openmp)), description="link $out")
-            objects = []
-            for source in sources:
-                objects.append(str(folder / source.replace("/", "_")) + ".o")
-                writer.build(objects[-1], f"compile_{isa_of(source)}", source)
-            writer.build(str(library), "link", objects)
-
-        done = subprocess.run(
-            [str(Path(ninja.BIN_DIR) / "ninja"), "-f", str(folder / "build.ninja"), str(library)],
-            env=toolchain.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        )  # fmt: skip
-        print(done.stdout, end="", file=sys.stderr if done.returncode else sys.stdout)
-        if done.returncode:
-            raise Unavailable(f"compiling the C++ sources failed: {first_error(done.stdout)}")
+        try:
+            nvcc = Nvcc(toolchain)
+            if error := probe(toolchain, PROBE_CUDA, nvcc.ldflags, nvcc):
+                raise CudaUnavailable(f"{nvcc.name} with {toolchain.name} cannot build a CUDA library: {error}")
+            library = self._ninja(toolchain, rules, sources, openmp, nvcc)
+            archs = [f"sm_{arch}" for arch in nvcc.archs] + [f"compute_{nvcc.archs[-1]}"]
+            self.record["cuda"].update(built=True, compiler=nvcc.name, archs=archs, flags=shlex.join(nvcc.cflags))
+        except CudaUnavailable as error:
+            self.record["cuda"]["reason"] = str(error)
+            if enabled("ANIMA_FAST_REQUIRE_CUDA"):
+                raise Unavailable(f"it would have no CUDA kernels: {error}") from None
+            print(f"anima-fast is being built without its CUDA kernels: {error}", file=sys.stderr)
+            library = self._ninja(toolchain, rules, sources, openmp, None)
 
         target = Path(self.build_lib) / self.get_ext_filename("anima_fast._C")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -266,6 +319,59 @@ class BuildExtension(build_ext):
             openmp=bool(openmp),
             flags={isa: " ".join([*toolchain.cflags, *openmp, *f]) for isa, f in flags.items()},
         )
+
+    def _ninja(self, toolchain, rules: dict[str, list[str]], sources: list[str], openmp: list[str], nvcc) -> Path:
+        """Compiles and links what is out of date; the library."""
+        import ninja
+
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+        library = folder / Path(self.get_ext_filename("anima_fast._C")).name
+        join = subprocess.list2cmdline if MSVC else shlex.join
+
+        def command(arguments: list[str]) -> str:
+            # $in and $out are ninja's variables, which it quotes itself; every other dollar is literal.
+            text = join([argument.replace("$", "$$") for argument in arguments])
+            return text.replace("@in@", "$in").replace("@out@", "$out")
+
+        def run(target: str) -> subprocess.CompletedProcess:
+            return subprocess.run(
+                [str(Path(ninja.BIN_DIR) / "ninja"), "-f", str(folder / "build.ninja"), target],
+                env=toolchain.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            )  # fmt: skip
+
+        with open(folder / "build.ninja", "w") as file:
+            writer = ninja.Writer(file)
+            writer.variable("builddir", str(folder))
+            deps_flags, deps = toolchain.depfile
+            for isa, rule in rules.items():
+                text = f"{command(rule)} $defines {' '.join(deps_flags)}"
+                writer.rule(f"compile_{isa}", text, description=f"compile {isa} $in", **deps)
+            objects = []
+            for source in sources:
+                objects.append(str(folder / source.replace("/", "_")) + ".o")
+                defines = {"defines": "-DANIMA_CUDA=1"} if nvcc and source.startswith("bindings/") else {}
+                writer.build(objects[-1], f"compile_{isa_of(source)}", source, variables=defines)
+            cuda_objects = []
+            if nvcc:
+                deps_flags, deps = nvcc.depfile
+                text = f"{command(nvcc.compile('@in@', '@out@', [*nvcc.code, '-Icsrc']))} {' '.join(deps_flags)}"
+                writer.rule("compile_cuda", text, description="compile cuda $in", **deps)
+                for source in CUDA_SOURCES:
+                    cuda_objects.append(str(folder / source.replace("/", "_")) + ".o")
+                    writer.build(cuda_objects[-1], "compile_cuda", source)
+                writer.build("cuda", "phony", cuda_objects)
+            link = toolchain.link(["@in@"], "@out@", [*openmp, *(nvcc.ldflags if nvcc else [])])
+            writer.rule("link", command(link), description="link $out")
+            writer.build(str(library), "link", [*objects, *cuda_objects])
+
+        done = run(str(library))
+        print(done.stdout, end="", file=sys.stderr if done.returncode else sys.stdout)
+        if done.returncode and nvcc and (cuda := run("cuda")).returncode:
+            raise CudaUnavailable(f"compiling the CUDA sources failed: {first_error(cuda.stdout)}")
+        if done.returncode:
+            raise Unavailable(f"compiling the C++ sources failed: {first_error(done.stdout)}")
+        return library
 
     def _package_dirs(self) -> list[Path]:
         """Where the package's files go: the build folder, and the source tree of an editable install."""

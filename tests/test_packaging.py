@@ -1,5 +1,6 @@
 """What is installed, what importing it costs, and (slow) what the sdist and the wheels contain."""
 
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -68,12 +69,15 @@ def test_kernels_are_a_subpackage():
 
 def test_build_record_agrees_with_the_extension():
     record = json.loads((PACKAGE / "_build.json").read_text(encoding="utf-8"))
-    assert set(record) == {"extension", "reason", "compiler", "isa", "openmp", "flags"}
+    assert set(record) == {"extension", "reason", "compiler", "isa", "openmp", "flags", "cuda"}
     assert record["extension"] == (importlib.util.find_spec("anima_fast._C") is not None)
     assert (record["reason"] is None) == record["extension"], "exactly a missing extension has a reason"
     if record["extension"]:
         assert "baseline" in record["isa"] and record["compiler"]
         assert "-march=native" not in str(record["flags"]) and "fast-math" not in str(record["flags"])
+        cuda = record["cuda"]
+        assert (cuda["reason"] is None) == cuda["built"] == bool(cuda["archs"]), "kernels, or the reason for none"
+        assert hasattr(importlib.import_module("anima_fast._C").SsdChunkScan, "cuda") == cuda["built"]
 
 
 def test_installed_command():
@@ -98,7 +102,15 @@ def tree(tmp_path_factory):
 
 
 def build_wheel(tree, out, **env):
-    env = {"CC": None, "CXX": None, "ANIMA_FAST_NO_EXT": None, "ANIMA_FAST_REQUIRE_EXT": None, **env}
+    unset = (
+        "CC",
+        "CXX",
+        "ANIMA_FAST_NO_EXT",
+        "ANIMA_FAST_REQUIRE_EXT",
+        "ANIMA_FAST_NO_CUDA",
+        "ANIMA_FAST_REQUIRE_CUDA",
+    )
+    env = {**dict.fromkeys(unset), "ANIMA_FAST_CUDA_ARCHS": "80", **env}
     log = run(sys.executable, "-m", "build", "-w", "-n", "-o", out, ".", cwd=tree, **env)
     (wheel,) = out.glob("*.whl")
     return wheel, log
@@ -147,6 +159,8 @@ def test_wheel_with_the_extension(wheel):
     for file in ("py.typed", "kernels/__init__.py", "kernels/regional_attention.py", "cli.py"):
         assert (unpacked / "anima_fast" / file).is_file(), file
     assert {p.name for p in unpacked.iterdir() if not p.name.endswith(".dist-info")} == {"anima_fast"}
+    record = json.loads((unpacked / "anima_fast/_build.json").read_text(encoding="utf-8"))
+    assert record["cuda"]["archs"] == (["sm_80", "compute_80"] if record["cuda"]["built"] else [])
 
 
 @pytest.mark.slow
@@ -198,11 +212,33 @@ def test_wheel_without_the_extension(tree, tmp_path, env, reason):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="without nvcc there is one kind of wheel")
+def test_wheel_without_cuda(wheel, tree, tmp_path):
+    """What keeps the kernels from being built leaves the rest as it was and is named."""
+    copy = tmp_path / "tree"
+    shutil.copytree(tree, copy, ignore=shutil.ignore_patterns("*.egg-info"))  # with the objects that are there already
+    (copy / "csrc/cuda/ssd_chunk_scan.cu").write_text("int broken = ;\n")
+    cases = {
+        "left out on request": {"ANIMA_FAST_NO_CUDA": "1"},
+        "got '1 80'; nvcc": {"ANIMA_FAST_CUDA_ARCHS": "1 80"},
+        "compiling the CUDA sources failed: csrc/cuda/ssd_chunk_scan.cu(1): error": {},
+    }
+    for number, (reason, env) in enumerate(cases.items()):
+        path, log = build_wheel(copy, tmp_path / str(number), **env)
+        with zipfile.ZipFile(path) as archive:
+            record = json.loads(archive.read("anima_fast/_build.json"))
+        assert record["extension"] and not record["cuda"]["built"]
+        assert reason in record["cuda"]["reason"] and reason in log
+    with pytest.raises(AssertionError, match="ANIMA_FAST_REQUIRE_CUDA is set, but .* left out"):
+        build_wheel(copy, tmp_path / "required", ANIMA_FAST_NO_CUDA="1", ANIMA_FAST_REQUIRE_CUDA="1")
+
+
+@pytest.mark.slow
 def test_source_that_does_not_compile_is_reported(tree, tmp_path):
     broken = tmp_path / "tree"
     shutil.copytree(tree, broken, ignore=shutil.ignore_patterns("build", "*.egg-info"))
     (broken / "bindings/module.cpp").write_text("int broken = ;\n")
-    path, log = build_wheel(broken, tmp_path)
+    path, log = build_wheel(broken, tmp_path, ANIMA_FAST_NO_CUDA="1")
     with zipfile.ZipFile(path) as archive:
         record = json.loads(archive.read("anima_fast/_build.json"))
     if record["compiler"] is None:
@@ -211,4 +247,4 @@ def test_source_that_does_not_compile_is_reported(tree, tmp_path):
     assert "bindings/module.cpp:1" in log, "the compiler's own message is printed"
     assert "compiling the C++ sources failed: bindings/module.cpp:1" in record["reason"]
     with pytest.raises(AssertionError, match="ANIMA_FAST_REQUIRE_EXT is set, but compiling"):
-        build_wheel(broken, tmp_path / "required", ANIMA_FAST_REQUIRE_EXT="1")
+        build_wheel(broken, tmp_path / "required", ANIMA_FAST_REQUIRE_EXT="1", ANIMA_FAST_NO_CUDA="1")

@@ -38,6 +38,7 @@ def describe() -> dict[str, Any]:
             "isas": capabilities.get("isas", []),
             "openmp": capabilities.get("openmp"),
             "compiler": build_info().get("compiler"),
+            "cuda": build_info().get("cuda"),
         },
         "cuda": torch.version.cuda,
         "devices": [

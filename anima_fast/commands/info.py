@@ -33,6 +33,9 @@ def run(options: argparse.Namespace) -> int:
         print(f"python      {machine['python']}, {machine['os']}")
         print(f"cpu         {machine['cpu']}, {machine['cores']} cores, torch uses {machine['threads']} threads")
         print(f"extension   {built}")
+        if extension["cuda"]:
+            compiled = ", ".join(extension["cuda"]["archs"])
+            print(f"cuda code   {compiled or 'none: ' + extension['cuda']['reason']}")
         if not machine["devices"]:
             print(f"cuda        no device{'' if machine['cuda'] else ' (this torch is built without CUDA)'}")
         for index, device in enumerate(machine["devices"]):
