@@ -22,12 +22,9 @@ ISA_FLAGS = {"_avx2": "-mavx2 -mfma -mf16c", "_avx512": "-mavx512f -mavx512bw -m
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ or clang++")
 
 
-def build(driver: str, flags: str, folder: Path) -> Path:
-    """The driver and every source of csrc/cpu, compiled with `flags` two at a time."""
+def compile_objects(sources: list[Path], flags: str, folder: Path) -> list[Path]:
+    """Two at a time."""
     common = f"-std=c++17 -O1 -g -fno-omit-frame-pointer {flags} {'-DANIMA_X86=1' if X86 else ''}".split()
-    sources = [ROOT / "tests/cpp" / driver, *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
-    if not X86:
-        sources = [s for s in sources if not s.stem.endswith(tuple(ISA_FLAGS))]
 
     def compile_one(source: Path) -> Path:
         isa = next((f for suffix, f in ISA_FLAGS.items() if source.stem.endswith(suffix)), "").split()
@@ -36,10 +33,31 @@ def build(driver: str, flags: str, folder: Path) -> Path:
         return target
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, sources))
-    program = folder / "program"
-    run([COMPILER, *common, *map(str, objects), "-o", str(program)])
-    return program
+        return list(pool.map(compile_one, sources))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("-fsanitize=address,undefined -fno-sanitize-recover=all -fopenmp", id="address,undefined"),
+        pytest.param("-fsanitize=thread", id="thread"),
+    ],
+)
+def build(request, tmp_path_factory):
+    """A function that makes a program of a driver and every source of csrc/cpu, which are compiled once."""
+    folder = tmp_path_factory.mktemp("sanitizers")
+    sources = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
+    if not X86:
+        sources = [s for s in sources if not s.stem.endswith(tuple(ISA_FLAGS))]
+    objects = compile_objects(sources, request.param, folder)
+
+    def link(driver: str) -> Path:
+        program = folder / Path(driver).stem
+        (main,) = compile_objects([ROOT / "tests/cpp" / driver], request.param, folder)
+        run([COMPILER, *request.param.split(), str(main), *map(str, objects), "-o", str(program)])
+        return program
+
+    return link
 
 
 def run(command: list[str], **options) -> str:
@@ -48,18 +66,11 @@ def run(command: list[str], **options) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    ("flags", "calls"),
-    [
-        pytest.param("-fsanitize=address,undefined -fno-sanitize-recover=all -fopenmp", 400, id="address,undefined"),
-        pytest.param("-fsanitize=thread", 120, id="thread"),
-    ],
-)
-def test_regional_attention(flags, calls, tmp_path):
-    program = build("regional_attention.cpp", flags, tmp_path)
+@pytest.mark.parametrize(("driver", "calls"), [("regional_attention.cpp", 240), ("scans.cpp", 200)])
+def test_driver(build, driver, calls):
     # OpenMP's thread pool lives until exit, which LeakSanitizer would report.
-    out = run([str(program), str(calls)], env={"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"})
-    assert "passed" in out
+    environment = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
+    assert "passed" in run([str(build(driver)), str(calls)], env=environment)
 
 
 def test_the_sanitizers_are_alive(tmp_path):

@@ -21,13 +21,13 @@ std::mt19937 generator(0);
 int between(int low, int high) { return std::uniform_int_distribution<int>(low, high)(generator); }
 
 // [B, H, N, D] of one type, rows in [B, N, H, D] order.
-struct Tensor {
+struct Values {
   DType dtype;
   int64_t heads, rows, dim;
   std::vector<float> floats;
   std::vector<uint16_t> halves;
 
-  Tensor(DType type, int64_t batch, int64_t heads_, int64_t rows_, int64_t dim_, bool random)
+  Values(DType type, int64_t batch, int64_t heads_, int64_t rows_, int64_t dim_, bool random)
       : dtype(type), heads(heads_), rows(rows_), dim(dim_) {
     const size_t size = size_t(batch * heads * rows * dim);
     std::normal_distribution<float> normal;
@@ -51,7 +51,7 @@ struct Tensor {
 };
 
 // Largest |out - formula|, and the same of lse.
-double largest_error(const RegionalAttention& c, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out) {
+double largest_error(const RegionalAttention& c, const Values& q, const Values& k, const Values& v, const Values& out) {
   double worst = 0;
   std::vector<double> sum(c.head_dim);
   for (int64_t b = 0; b < c.batch; ++b)
@@ -144,10 +144,10 @@ bool run_one(int number) {
       std::shuffle(permutation.begin(), permutation.end(), generator);
       order.insert(order.end(), permutation.begin(), permutation.end());
     }
-  Tensor q(c.dtype, c.batch, c.heads, c.queries, c.head_dim, true);
-  Tensor k(c.dtype, c.batch, c.kv_heads, keys, c.head_dim, true);
-  Tensor v(c.dtype, c.batch, c.kv_heads, keys, c.head_dim, true);
-  Tensor out(c.dtype, c.batch, c.heads, c.queries, c.head_dim, false);
+  Values q(c.dtype, c.batch, c.heads, c.queries, c.head_dim, true);
+  Values k(c.dtype, c.batch, c.kv_heads, keys, c.head_dim, true);
+  Values v(c.dtype, c.batch, c.kv_heads, keys, c.head_dim, true);
+  Values out(c.dtype, c.batch, c.heads, c.queries, c.head_dim, false);
   std::vector<float> lse(c.blend ? 0 : size_t(c.batch * c.heads * c.queries), NAN);
   c.q = q.strided();
   c.k = k.strided();
