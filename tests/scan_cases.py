@@ -80,6 +80,13 @@ def assert_close_to_oracle(op, arguments: dict, backend: str, *, changed: tuple[
     return runs[2]
 
 
+class Call(dict):
+    """Arguments of a call. Its repr, which a failing test prints, has shapes instead of numbers."""
+
+    def __repr__(self):
+        return described(self)
+
+
 def described(arguments: dict) -> str:
     return ", ".join(
         f"{name} {list(x.shape)} {str(x.dtype).removeprefix('torch.')} strides {x.stride()}"
@@ -156,7 +163,7 @@ def scan_calls(draw, dtypes=DTYPES, lengths=(0, 1, 2, 5, 15, 16, 17, 63, 64, 65,
             numbers = torch.randint(0, 4, (batch, length), generator=make.generator)
             ordered = draw(st.booleans())
             arguments.update(seq_idx=(numbers.sort(1).values if ordered else numbers).int())
-    return arguments
+    return Call(arguments)
 
 
 def sequence_numbers(cu_seqlens: torch.Tensor) -> torch.Tensor:
@@ -196,4 +203,4 @@ def delta_calls(draw, dtypes=DTYPES, lengths=(0, 1, 2, 5, 15, 16, 17, 63, 64, 65
     if varlen:
         arguments.update(cu_seqlens=make.cut_points(length))
         sequences = len(arguments["cu_seqlens"]) - 1
-    return {**arguments, "initial_state": make.maybe(sequences, heads, key_dim, value_dim, dtype=own[2])}
+    return Call(arguments, initial_state=make.maybe(sequences, heads, key_dim, value_dim, dtype=own[2]))
