@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import subprocess
 import sys
@@ -259,7 +260,7 @@ def run(script: str, path=None) -> subprocess.CompletedProcess:
     return done
 
 
-@pytest.mark.skipif(any(map(compat.importlib.util.find_spec, compat.VERSIONS)), reason="an original is installed")
+@pytest.mark.skipif(any(map(importlib.util.find_spec, compat.VERSIONS)), reason="an original is installed")
 def test_install_makes_the_original_imports_work():
     done = run(
         f"""

@@ -4,15 +4,16 @@
     routing.enable()                           # or for a while: with routing.enable(): ...
     model.generate(**inputs)                   # prefill, cached decoding, padding, packed sequences
 
-How it works: since 5.x each model file holds its kernels as module-level functions that its layers look up when they
-run. `enable` replaces those functions; `disable` puts the very same objects back. Nothing in a model changes, so it
-does not matter whether the model was made before or after. Where a layer does not look its functions up like that
-(older transformers choose them in `__init__`), the family is left alone and a warning names it.
+How it works (transformers 5.17 to 5.23, with or without its `kernels` package): each model file holds its kernels as
+module-level functions that its layers look up when they run. `enable` replaces those functions; `disable` puts the
+very same objects back. Nothing in a model changes, so it does not matter whether the model was made before or after.
+Where layers do not look their functions up like that (4.57 chooses them in `__init__`), the family is left alone and
+a warning names it. Calls that need gradients (training) keep transformers' own functions.
 
-What goes through unchanged: calls that need gradients (training) keep transformers' own functions.
-
-Packed sequences: `seq_idx` for Mamba2 models; `cu_seq_lens_q` (transformers' name for cu_seqlens), batch 1, for both
-families. transformers without kernel packages refuses these.
+Packed sequences: `seq_idx` for Mamba2 models; `cu_seq_lens_q` (transformers' name for cu_seqlens), batch 1, for all.
+Without kernel packages transformers 5.23 refuses them and 5.17 mixes them. Attention layers must be told too, by
+`position_ids` that start again, and granitemoehybrid's listen only under flash attention; Mamba2ForCausalLM keeps
+such arguments to itself, call its `.backbone`.
 """
 
 from __future__ import annotations
@@ -111,19 +112,19 @@ def enable() -> Routing:
     if _originals:
         return Routing(tuple(_routed), began=False)
     version = importlib.import_module("transformers").__version__
-    without_hook = []
-    for family, functions in FAMILIES.items():
-        if importlib.util.find_spec(f"transformers.models.{family}") is None:
-            continue  # this version has no such model
-        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-        if not functions.keys() <= _looked_up_by_layers(module):
-            without_hook.append(family)
+    modules = {
+        family: importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        for family in FAMILIES
+        if importlib.util.find_spec(f"transformers.models.{family}")  # else this version has no such model
+    }
+    without_hook = [f for f, module in modules.items() if not FAMILIES[f].keys() <= _looked_up_by_layers(module)]
+    for family, module in modules.items():
+        if family in without_hook:
             continue
         _routed.append(family)
-        for name, ours in functions.items():
-            original = getattr(module, name)
-            _originals[module, name] = original
-            setattr(module, name, _route(original, ours))
+        for name, ours in FAMILIES[family].items():
+            _originals[module, name] = getattr(module, name)
+            setattr(module, name, _route(_originals[module, name], ours))
     if without_hook:
         warnings.warn(
             f"anima_fast does not route {', '.join(without_hook)}: in transformers {version} the layers of these "
@@ -161,7 +162,7 @@ def _route(original: Function, ours: Function) -> Function:
     parameters = inspect.signature(ours).parameters
     accepted = frozenset(name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD)
 
-    @functools.wraps(original)
+    @functools.wraps(original, updated=())  # with the `kernels` package, original is a module object
     def routed(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and any(
             isinstance(x, torch.Tensor) and x.requires_grad for x in (*args, *kwargs.values())

@@ -7,7 +7,8 @@
 A package that is installed is left alone, whole: `install` serves only what Python cannot find. The modules served
 hold the functions of `compat.mamba_ssm`, `compat.fla` and `compat.causal_conv1d` and nothing else, so importing
 another name (`from mamba_ssm import Mamba2`) fails as usual, and code that takes the package's presence for the whole
-of it will too.
+of it will too. They are for inference: a call that needs gradients is refused, also from code that would have had a
+slow form of its own for that had the package been absent (transformers does).
 
 transformers (5.23) binds such functions when one of its model files is first imported: call `install` before, or use
 `anima_fast.integrations.transformers.enable`, which also reaches models that exist already. Its version checks find
