@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import torch
 
+# Entries of the Q x Q matrices of chunks that are computed together: on a CPU 1 MiB, which its caches hold, elsewhere
+# 8 MiB, which fills the cores.
+_CPU_ENTRIES = 256 * 1024
+_DEVICE_ENTRIES = 2 * 1024 * 1024
+
 
 def running_sums(log_decay: torch.Tensor) -> torch.Tensor:
     """Cumulative sums over the last dimension, in fp64.
@@ -21,8 +26,11 @@ def span_decays(sums: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
     return difference.masked_fill_(~allowed, -torch.inf).exp_()
 
 
-def pieces(length: int, chunk_size: int, most: int) -> list[tuple[int, int, int]]:
-    """(start, chunks, tokens a chunk) that cover `length`; at most `most` chunks each, the shorter last one alone."""
+def pieces(length: int, chunk_size: int, matrices: int, device: torch.device) -> list[tuple[int, int, int]]:
+    """(start, chunks, tokens a chunk) that cover `length`: as many chunks, of `matrices` Q x Q matrices each, as are
+    computed together; the last, shorter chunk comes alone."""
+    entries = _CPU_ENTRIES if device.type == "cpu" else _DEVICE_ENTRIES
+    most = max(1, entries // (matrices * chunk_size * chunk_size))
     whole = length // chunk_size
     found = [(first * chunk_size, min(most, whole - first), chunk_size) for first in range(0, whole, most)]
     rest = length - whole * chunk_size

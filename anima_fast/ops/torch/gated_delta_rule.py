@@ -22,9 +22,6 @@ import torch
 from .decay import pieces, running_sums, span_decays
 from .gated_delta_step import normalized
 
-# Entries of one Q x Q matrix a head for the chunks that are prepared together (8 MiB each).
-_MOST = 2 * 1024 * 1024
-
 
 class _Layout(NamedTuple):
     """Packed sequences in chunks: `position` [L] of each token; `owner` [chunks] of each chunk, `sequences` for those
@@ -71,8 +68,7 @@ def gated_delta_rule(
         q, k, v, g, beta = map(spread, (q, k, v, g, beta))
         result = o.new_empty(1, total, heads, value_dim)
     state = states[:batch].clone()
-    most = max(1, _MOST // (batch * heads * chunk_size * chunk_size))
-    for start, chunks, tokens in pieces(q.shape[1], chunk_size, most):
+    for start, chunks, tokens in pieces(q.shape[1], chunk_size, batch * heads, q.device):
 
         def cut(x: torch.Tensor, start: int = start, chunks: int = chunks, tokens: int = tokens) -> torch.Tensor:
             """[B, tokens of the piece, H, ...] as [B, chunks, H, tokens, ...] in fp32."""

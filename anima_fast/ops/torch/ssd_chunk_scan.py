@@ -20,9 +20,6 @@ import torch
 
 from .decay import pieces, running_sums, span_decays
 
-# Entries of one Q x Q matrix a head for the chunks that are computed together (8 MiB each).
-_MOST = 2 * 1024 * 1024
-
 
 def ssd_chunk_scan(
     x: torch.Tensor,
@@ -68,8 +65,7 @@ def ssd_chunk_scan(
     if seq_idx is not None:
         data, poison = _separated(data, seq_idx)
     starts = []
-    most = max(1, _MOST // (batch * heads * chunk_size * chunk_size))
-    for start, chunks, tokens in pieces(length, chunk_size, most):
+    for start, chunks, tokens in pieces(length, chunk_size, batch * heads, x.device):
         state, before = _piece(data, y, state, start, chunks, tokens)
         if varlen_states is not None:
             starts.append(before[0])
