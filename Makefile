@@ -10,6 +10,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Empty: whatever the ordinary index serves.
 TORCH_INDEX ?= $(if $(and $(filter Linux,$(shell uname -s)),$(if $(shell command -v nvidia-smi rocminfo),,no-gpu)),https://download.pytorch.org/whl/cpu)
 
+# CUDA kernels compile slowly, for all seven architectures in minutes. One, with its PTX, serves every card since.
+export ANIMA_FAST_CUDA_ARCHS ?= 80
+
 # A broken edit of a C++ file must not quietly turn an extension that was there into none.
 HAD_EXTENSION := $(if $(wildcard anima_fast/_C*.so),1)
 

@@ -11,7 +11,6 @@
 
 #include <csetjmp>
 #include <cstdlib>
-#include <deque>
 #include <set>
 #include <string>
 #include <vector>
@@ -39,12 +38,6 @@ struct Cell {
   Access write, read[2];
 };
 
-struct Copy {  // one cp.async in flight
-  char* to;
-  std::vector<char> data;
-  int group;
-};
-
 enum class State { kReady, kAtCollective, kAtBarrier, kDone };
 
 struct Fiber {
@@ -58,8 +51,6 @@ struct Fiber {
   unsigned mask = 0;
   unsigned char brought[2][kMaxExchange];  // the next collective's does not overwrite what others still read
   int published = 0;
-  std::deque<Copy> copies;
-  int copy_group = 0;
 };
 
 struct Buffer {
@@ -136,6 +127,8 @@ std::string source_of(const void* code) {
   if (pipe) pclose(pipe);
   return places;
 }
+
+const char* last_error() { return failed ? error.c_str() : nullptr; }
 
 void set_error(const std::string& message) {
   if (!failed) error = message;
@@ -239,19 +232,18 @@ std::string in_static(size_t byte) {
 }
 
 void outside(const char* p, size_t bytes, const char* what, const void* code) {
+  std::string message = std::string("out of bounds: ") + what + " of " + plural(bytes, "byte");
   const Buffer* nearest = nullptr;
   size_t distance = 0;
   for (const Buffer& b : buffers) {
-    const size_t away = p < b.begin ? size_t(b.begin - p) : size_t(p - b.begin) - std::min(size_t(p - b.begin), size_t(b.end - b.begin));
+    const size_t away = p < b.begin ? size_t(b.begin - p) : p < b.end ? 0 : size_t(p - b.end);
     if (!nearest || away < distance) nearest = &b, distance = away;
   }
-  std::string message = std::string("out of bounds: ") + what + " of " + plural(bytes, "byte");
-  if (!nearest) message += " of global memory, but no buffer is registered";
-  else if (p < nearest->begin) message += ", " + plural(distance, "byte") + " before the start of buffer " + nearest->name;
-  else if (p < nearest->end) message += " across the end of buffer " + nearest->name;
-  else message += ", " + plural(distance, "byte") + " after the end of buffer " + nearest->name;
-  if (nearest) message += " (" + plural(size_t(nearest->end - nearest->begin), "byte") + ")";
-  fail_thread(message, code);
+  if (!nearest) return fail_thread(message + ", but no buffer is registered", code);
+  if (p < nearest->begin) message += ", " + plural(distance, "byte") + " before the start of buffer ";
+  else if (p < nearest->end) message += " across the end of buffer ";
+  else message += ", " + plural(distance, "byte") + " after the end of buffer ";
+  fail_thread(message + nearest->name + " (" + plural(size_t(nearest->end - nearest->begin), "byte") + ")", code);
 }
 
 Buffer* buffer_of(const char* p, size_t bytes) {
@@ -274,7 +266,8 @@ void access(const void* address, size_t bytes, bool write, const void* code) {
                              " of dynamic shared memory", code);
     return check_cells(dynamic_shadow, offset, bytes, write, true, code, in_dynamic);
   }
-  if (statics.holds(p)) return check_cells(static_shadow, size_t(p - statics.begin), bytes, write, true, code, in_static);
+  if (statics.holds(p))
+    return check_cells(static_shadow, size_t(p - statics.begin), bytes, write, true, code, in_static);
   if (Buffer* buffer = buffer_of(p, bytes)) {
     if (!buffer->writable) {
       if (write) fail_thread("write to buffer " + buffer->name + ", which is read-only", code);
@@ -368,6 +361,7 @@ std::string whereabouts(const Fiber& fiber) {
 }
 
 bool same_place(const Fiber& a, const Fiber& b) {
+  if (a.state == State::kDone && b.state == State::kDone) return true;
   return a.state == b.state && a.line == b.line && a.mask == b.mask && !std::strcmp(a.kind, b.kind) &&
          !std::strcmp(a.file, b.file);
 }
@@ -424,17 +418,13 @@ void run_block() {
   block_start = ++epoch;
   std::memset(warp_time, 0, sizeof warp_time);
   std::memset(dynamic_memory, 0xff, size_t(dynamic.end - dynamic.begin));  // NaN
-  for (int i = 0; i < threads; ++i) {
-    fibers[size_t(i)].state = State::kReady;
-    fibers[size_t(i)].copies.clear();
-    fibers[size_t(i)].copy_group = 0;
-  }
+  for (int i = 0; i < threads; ++i) fibers[size_t(i)].state = State::kReady;
   for (;;) {
     for (int first = 0; first < threads && !failed; first += 32) run_warp(first, std::min(32, threads - first));
     if (failed) return;
     const Fiber& leader = fibers[0];
     for (int i = 1; i < threads; ++i)
-      if (!same_place(leader, fibers[size_t(i)]) && (leader.state != State::kDone || fibers[size_t(i)].state != State::kDone))
+      if (!same_place(leader, fibers[size_t(i)]))
         return fail_block("divergent barrier: " + thread_name(0) + " " + whereabouts(leader) + ", but " +
                           thread_name(unsigned(i)) + " " + whereabouts(fibers[size_t(i)]));
     if (leader.state == State::kDone) return;
@@ -477,36 +467,6 @@ void read_lane(int lane, void* value, size_t bytes) {
 
 void barrier(const char* kind, const char* file, int line) { wait_as(State::kAtBarrier, 0, kind, file, line); }
 
-void copy_async(void* shared, const void* global, size_t bytes, size_t read_bytes) {
-  const void* code = __builtin_return_address(0);
-  if (size_t(shared) % bytes || size_t(global) % bytes) fail_thread("misaligned cp.async", code);
-  if (!dynamic.holds(static_cast<char*>(shared))) fail_thread("cp.async to other than dynamic shared memory", code);
-  access(shared, bytes, true, code);
-  if (read_bytes) access(global, read_bytes, false, code);
-  std::vector<char> data(bytes, 0);
-  std::memcpy(data.data(), global, read_bytes);
-  std::memset(shared, 0xff, bytes);  // until it is waited for: NaN, and unwritten
-  for (size_t i = 0; i < bytes; i += kCell) dynamic_shadow[size_t(static_cast<char*>(shared) + i - dynamic_memory) / kCell].write = {};
-  current->copies.push_back({static_cast<char*>(shared), std::move(data), current->copy_group});
-}
-
-void copy_async_commit() { ++current->copy_group; }
-
-void copy_async_wait(int newest_allowed) {
-  while (!current->copies.empty() && current->copies.front().group < current->copy_group - newest_allowed) {
-    const Copy& copy = current->copies.front();
-    access(copy.to, copy.data.size(), true, __builtin_return_address(0));
-    std::memcpy(copy.to, copy.data.data(), copy.data.size());
-    current->copies.pop_front();
-  }
-}
-
-void memory_set(void* address, int value, size_t bytes) {
-  const Buffer* buffer = buffer_of(static_cast<char*>(address), bytes);
-  if (bytes && !(buffer && buffer->writable)) return set_error("cudaMemsetAsync outside the writable buffers");
-  if (bytes) std::memset(address, value, bytes);
-}
-
 const char* launch(const char* name, dim3 grid_, dim3 block_, size_t shared_bytes, void (*body)(const void*),
                    const void* call) {
   if (failed) return last_error();
@@ -538,8 +498,6 @@ const char* launch(const char* name, dim3 grid_, dim3 block_, size_t shared_byte
   }
   return last_error();
 }
-
-const char* last_error() { return failed ? error.c_str() : nullptr; }
 
 }  // namespace simt
 

@@ -8,10 +8,11 @@
 //   - a read of shared memory that nothing has written
 //   - a race: two threads touch one place, one of them writes, and no __syncthreads (or, inside a warp, __syncwarp) is
 //     between them; shuffles and mma do not order memory, so they do not count. Likewise two blocks of one launch
-// The compiler's own instrumentation finds the accesses (-fsanitize=thread and undefined, whose hooks simt.cpp defines),
+// The compiler's own instrumentation finds the accesses (-fsanitize=thread and undefined; simt.cpp defines the hooks),
 // so kernels contain nothing of this. Modelled on sm_80 and later by default; -DSIMT_ARCH=750 for Turing.
 //
-// Not modelled: memory order between blocks (atomics, fences), textures, warps of partial masks in __syncwarp, timing.
+// There is what the kernels use; add what they come to need. Not modelled: atomics and fences, asynchronous copies,
+// constant memory (a constexpr array does), __syncwarp of a part of the warp, and time.
 #pragma once
 
 #include <algorithm>
@@ -37,7 +38,6 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __launch_bounds__(...)
-#define __grid_constant__
 #define __shared__ static  // one block runs at a time
 
 // For the emulation of an instruction: its own accesses are not the kernel's.
@@ -70,13 +70,8 @@ void collective(unsigned mask, const void* mine, size_t bytes, const char* kind,
 void read_lane(int lane, void* value, size_t bytes);
 bool lane_exists(int lane);
 void barrier(const char* kind, const char* file, int line);
-void copy_async(void* shared, const void* global, size_t bytes, size_t read_bytes);
-void copy_async_commit();
-void copy_async_wait(int newest_allowed);
-void memory_set(void* address, int value, size_t bytes);
 const char* launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*thread)(const void*),
                    const void* call);
-const char* last_error();
 
 constexpr size_t kMaxExchange = 256;  // bytes a lane can bring to a collective
 
@@ -155,7 +150,6 @@ const char* launch(const char* name, void (*kernel)(Parameters...), dim3 grid, d
 #define blockIdx (simt::block_index())
 #define blockDim (simt::block_dim())
 #define gridDim (simt::grid_dim())
-constexpr int warpSize = 32;
 
 #define SIMT_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
@@ -199,44 +193,24 @@ template <class T>
 __forceinline__ T __ldg(const T* address) {
   return *address;
 }
-template <class T>
-__forceinline__ T __ldcs(const T* address) {
-  return *address;
-}
-template <class T>
-__forceinline__ void __stcs(T* address, T value) {
-  *address = value;
-}
 
 inline float __expf(float x) { return std::exp(x); }
-inline float __logf(float x) { return std::log(x); }
-inline float __fdividef(float x, float y) { return x / y; }
-inline float __frcp_rn(float x) { return 1.0f / x; }
-inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
-inline float __fadd_rn(float x, float y) { return x + y; }
-inline float __fsub_rn(float x, float y) { return x - y; }
-inline float __fmul_rn(float x, float y) { return x * y; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline unsigned __float_as_uint(float x) { return anima::bits_from_float(x); }
 inline float __uint_as_float(unsigned x) { return anima::float_from_bits(x); }
-inline int __float_as_int(float x) { return int(anima::bits_from_float(x)); }
-inline float __int_as_float(int x) { return anima::float_from_bits(unsigned(x)); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
 
 // --- Vector types
 
-#define SIMT_VECTOR(scalar, name)                                                         \
-  struct alignas(2 * sizeof(scalar)) name##2 { scalar x, y; };                            \
-  struct alignas(4 * sizeof(scalar)) name##4 { scalar x, y, z, w; };                      \
-  inline name##2 make_##name##2(scalar x, scalar y) { return {x, y}; }                    \
-  inline name##4 make_##name##4(scalar x, scalar y, scalar z, scalar w) { return {x, y, z, w}; }
-SIMT_VECTOR(float, float)
-SIMT_VECTOR(int, int)
-SIMT_VECTOR(unsigned, uint)
-SIMT_VECTOR(unsigned short, ushort)
-#undef SIMT_VECTOR
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 // --- Half types: storage and conversions; arithmetic is in fp32
 
@@ -252,67 +226,20 @@ struct __nv_bfloat16 {
   explicit __nv_bfloat16(float x) : bits(anima::bf16_from_float(x)) {}
   operator float() const { return anima::float_from_bf16(bits); }
 };
-struct alignas(4) __half2 {
-  __half x, y;
-};
-struct alignas(4) __nv_bfloat162 {
-  __nv_bfloat16 x, y;
-};
-using half = __half;
-using half2 = __half2;
 
-inline __half __float2half(float x) { return __half(x); }
 inline __half __float2half_rn(float x) { return __half(x); }
 inline float __half2float(__half x) { return float(x); }
-inline __half2 __floats2half2_rn(float x, float y) { return {__half(x), __half(y)}; }
-inline float2 __half22float2(__half2 v) { return {float(v.x), float(v.y)}; }
 inline unsigned short __half_as_ushort(__half x) { return x.bits; }
 inline __half __ushort_as_half(unsigned short bits) {
   __half x;
   x.bits = bits;
   return x;
 }
-inline __nv_bfloat16 __float2bfloat16(float x) { return __nv_bfloat16(x); }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return __nv_bfloat16(x); }
 inline float __bfloat162float(__nv_bfloat16 x) { return float(x); }
-inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__nv_bfloat16(x), __nv_bfloat16(y)}; }
-inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {float(v.x), float(v.y)}; }
 inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
 inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) {
   __nv_bfloat16 x;
   x.bits = bits;
   return x;
-}
-
-// --- The part of the runtime that launches need
-
-using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorUnknown = 999 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaDeviceAttr {
-  cudaDevAttrMultiProcessorCount,
-  cudaDevAttrMaxSharedMemoryPerBlockOptin,
-  cudaDevAttrComputeCapabilityMajor,
-  cudaDevAttrComputeCapabilityMinor,
-};
-
-template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
-  return cudaSuccess;
-}
-inline cudaError_t cudaGetLastError() { return simt::last_error() ? cudaErrorUnknown : cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t error) { return error ? simt::last_error() : "no error"; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  switch (attribute) {
-    case cudaDevAttrMultiProcessorCount: *value = 4; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = (SIMT_ARCH < 800 ? 64 : 99) * 1024; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = SIMT_ARCH / 100; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = SIMT_ARCH / 10 % 10; break;
-  }
-  return cudaSuccess;
-}
-inline cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t) {
-  simt::memory_set(address, value, bytes);
-  return cudaGetLastError();
 }

@@ -79,8 +79,7 @@ def build(sources: tuple[Path, ...] = (), arch: int = 80) -> Library:
     """A library of these .cu files (all of csrc/cuda) and the machine; compiled once for each content."""
     bridge = [] if sources else [HERE / "entry_points.cpp"]
     sources = sources or tuple(sorted((ROOT / "csrc/cuda").glob("*.cu")))
-    headers = [HERE / "simt.h", *(p for p in sorted((ROOT / "csrc").rglob("*")) if p.suffix in (".h", ".cuh"))]
-    headers += sorted({h for source in sources for h in source.parent.glob("*.h")} - set(headers))
+    headers = [HERE / "simt.h", *sorted((ROOT / "csrc/common").glob("*.h")), *sorted((ROOT / "csrc/cuda").glob("*.*h"))]
     shared = hashlib.sha256(b"".join(h.read_bytes() for h in headers))
     shared.update(f"{arch} {COMMON} {INSTRUMENTED} {COMPILER}".encode())
 
@@ -129,7 +128,8 @@ class Library:
     def buffers(self, tensors: dict[str, tuple[torch.Tensor, bool]]):
         """These tensors, name: (tensor, writable), are the global memory of the launches inside."""
         self.c.simt_reset()
-        for name, (tensor, writable) in tensors.items():
+        # An address in two buffers, of a state that is updated in place, counts as of the first.
+        for name, (tensor, writable) in sorted(tensors.items(), key=lambda item: not item[1][1]):
             self._register(name, tensor, writable)
         try:
             yield

@@ -1,4 +1,4 @@
-// A correct kernel for each thing simt.h provides; test_harness.py compares the results with torch's.
+// A correct kernel for each kind of thing simt.h provides; test_harness.py compares the results with torch's.
 #include "cuda/launch.cuh"
 
 // Row sums and running sums of [rows, 32 * warps]: shuffles, static and dynamic shared memory, templates.
@@ -41,7 +41,8 @@ __global__ void convert_kernel(const float* in, Half* narrowed, float* back, int
   }
 }
 extern "C" const char* to_half(const float* in, __half* narrowed, float* back, int n) {
-  return ANIMA_LAUNCH((convert_kernel<__half, __float2half_rn, __half2float>), 3, 64, 0, nullptr, in, narrowed, back, n);
+  return ANIMA_LAUNCH((convert_kernel<__half, __float2half_rn, __half2float>), 3, 64, 0, nullptr, in, narrowed, back,
+                      n);
 }
 extern "C" const char* to_bfloat16(const float* in, __nv_bfloat16* narrowed, float* back, int n) {
   return ANIMA_LAUNCH((convert_kernel<__nv_bfloat16, __float2bfloat16_rn, __bfloat162float>), 3, 64, 0, nullptr, in,
@@ -94,25 +95,4 @@ __global__ void exchange_kernel(const float* in, float* pairs, float* sums) {
 }
 extern "C" const char* exchange(const float* in, float* pairs, float* sums) {
   return ANIMA_LAUNCH(exchange_kernel, 1, 32, 0, nullptr, in, pairs, sums);
-}
-
-// out = in, through a pipeline of two stages of asynchronous copies; a ragged end is filled with zeros.
-__global__ void pipeline_kernel(const float* in, float* out, int n, int chunks) {
-  ANIMA_SHARED(float, stages);
-  const int i = threadIdx.x;
-  for (int chunk = 0; chunk <= chunks; ++chunk) {
-    if (chunk < chunks && i < 16) {
-      const int first = 64 * chunk + 4 * i, have = min(max(n - first, 0), 4);
-      simt::copy_async(stages + 64 * (chunk % 2) + 4 * i, in + (have ? first : 0), 16, 4 * have);
-    }
-    simt::copy_async_commit();
-    if (chunk == 0) continue;
-    simt::copy_async_wait(1);
-    __syncthreads();
-    out[64 * (chunk - 1) + i] = stages[64 * ((chunk - 1) % 2) + i];
-    __syncthreads();
-  }
-}
-extern "C" const char* pipeline(const float* in, float* out, int n, int chunks) {
-  return ANIMA_LAUNCH(pipeline_kernel, 1, 64, 128 * sizeof(float), nullptr, in, out, n, chunks);
 }

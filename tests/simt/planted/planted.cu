@@ -157,28 +157,6 @@ __global__ void index_overflow_kernel(const float* in, float* out, bool bug) {
 }
 ENTRY(index_overflow, 1, 0)
 
-__global__ void copy_without_wait_kernel(const float* in, float* out, bool bug) {
-  ANIMA_SHARED(float, tile);
-  const int i = threadIdx.x;
-  if (i < 16) simt::copy_async(tile + 4 * i, in + 4 * i, 16, 16);
-  simt::copy_async_commit();
-  if (!bug) simt::copy_async_wait(0);
-  __syncthreads();
-  out[i] = tile[63 - i];
-}
-ENTRY(copy_without_wait, 1, 64)
-
-__global__ void copy_without_barrier_kernel(const float* in, float* out, bool bug) {
-  ANIMA_SHARED(float, tile);
-  const int i = threadIdx.x;
-  if (i < 16) simt::copy_async(tile + 4 * i, in + 4 * i, 16, 16);
-  simt::copy_async_commit();
-  simt::copy_async_wait(0);
-  if (!bug) __syncthreads();
-  out[i] = tile[63 - i];
-}
-ENTRY(copy_without_barrier, 1, 64)
-
 __global__ void too_much_shared_kernel(const float* in, float* out, bool) {
   ANIMA_SHARED(float, tile);
   tile[0] = 0.0f;
