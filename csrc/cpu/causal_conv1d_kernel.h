@@ -138,41 +138,58 @@ static void conv_typed(const CausalConv1d& call, int threads) {
       for (int64_t c = 0; c < call.channels; ++c) conv.final_states(b, c);
 }
 
+// Channels [first, end) of row b, as many at a time as a vector has lanes.
 template <class Io>
-static void update_channel(const CausalConv1dUpdate& call, int64_t b, int64_t c) {
+static void update_channels(const CausalConv1dUpdate& call, int64_t b, int64_t first, int64_t end) {
   typedef typename Io::Type T;
   const int64_t slot = call.state_indices ? call.state_indices[b] : b, width = call.width, size = call.state_length;
-  const auto put = [&](int64_t t, Vec value) {
-    const Tensor& to = call.out;
-    store_part<Io>(static_cast<T*>(to.data) + b * to.stride[0] + c * to.stride[1] + t * to.stride[2], value, 1);
-  };
-  if (slot < 0 || slot >= call.slots) {
-    for (int64_t t = 0; t < call.length; ++t) put(t, set1(0.0f));
-    return;
-  }
-  T* const state = static_cast<T*>(call.conv_state.data) + slot * call.conv_state.stride[0] + c * call.conv_state.stride[1];
-  const int64_t step = call.conv_state.stride[2];
-  const T* const x = static_cast<const T*>(call.x.data) + b * call.x.stride[0] + c * call.x.stride[1];
-  // Position of the token `back` places before the first of x.
+  const bool served = slot >= 0 && slot < call.slots;
+  const int64_t step = call.conv_state.stride[2], x_step = call.x.stride[2], out_step = call.out.stride[2];
+  // Token t, counted from the first of x, has place (start + t) mod size.
   const int64_t start = call.cache_seqlens ? call.cache_seqlens[b] : size;
-  const auto ring = [&](int64_t position) { return ((position % size) + size) % size; };
-  float taps[kMostTaps], window[kMostTaps];
-  for (int64_t j = 0; j < width; ++j) taps[j] = widen(call.weight, c * call.weight.stride[0] + j * call.weight.stride[1]);
-  const float offset = call.bias.data ? widen(call.bias, c * call.bias.stride[0]) : 0.0f;
-  for (int64_t j = 0; j < width - 1; ++j) window[j] = Io::widen(state[ring(start - (width - 1) + j) * step]);
-  for (int64_t t = 0; t < call.length; ++t) {
-    window[width - 1] = Io::widen(x[t * call.x.stride[2]]);
-    float sum = offset;
-    for (int64_t j = 0; j < width; ++j) sum += taps[j] * window[j];
-    put(t, call.silu ? silu(set1(sum)) : set1(sum));
-    for (int64_t j = 0; j + 1 < width; ++j) window[j] = window[j + 1];
-  }
-  if (call.cache_seqlens) {
-    for (int64_t t = 0; t < call.length; ++t) state[ring(start + t) * step] = x[t * call.x.stride[2]];
-  } else {
-    for (int64_t j = 0; j < size; ++j) {
-      const int64_t from = j + call.length;  // of (state, x)
-      state[j * step] = from < size ? state[from * step] : x[(from - size) * call.x.stride[2]];
+  const auto place = [=](int64_t t) { return ((start + t) % size + size) % size * step; };
+  int64_t past[kMostTaps];  // where the W - 1 tokens before x are
+  for (int64_t j = 0; j < width - 1; ++j) past[j] = place(j - (width - 1));
+
+  for (int64_t c0 = first; c0 < end; c0 += kWidth) {
+    const int count = end - c0 < kWidth ? int(end - c0) : kWidth;
+    const auto row = [=](const Tensor& x, int64_t at) {
+      return static_cast<T*>(x.data) + at * x.stride[0] + c0 * x.stride[1];
+    };
+    const T* const x = row(call.x, b);
+    T* const out = row(call.out, b);
+    T* const state = row(call.conv_state, served ? slot : 0);
+    const int64_t x_channel = call.x.stride[1], out_channel = call.out.stride[1], channel = call.conv_state.stride[1];
+    float lanes[kWidth] = {}, taps[kMostTaps][kWidth] = {};
+    for (int i = 0; i < count; ++i) {
+      for (int64_t j = 0; j < width; ++j)
+        taps[j][i] = widen(call.weight, (c0 + i) * call.weight.stride[0] + j * call.weight.stride[1]);
+      lanes[i] = call.bias.data ? widen(call.bias, (c0 + i) * call.bias.stride[0]) : 0.0f;
+    }
+    const Vec offset = load(lanes);
+    for (int64_t t = 0; t < call.length; ++t) {
+      Vec sum = offset;
+      for (int64_t j = 0; served && j < width; ++j) {
+        const int64_t from = t - (width - 1) + j;
+        for (int i = 0; i < count; ++i)
+          lanes[i] = Io::widen(from < 0 ? state[i * channel + past[from + width - 1]] : x[i * x_channel + from * x_step]);
+        sum = fma(load(taps[j]), load(lanes), sum);
+      }
+      if (call.silu) sum = silu(sum);
+      store(lanes, served ? sum : set1(0.0f));
+      for (int i = 0; i < count; ++i) out[i * out_channel + t * out_step] = Io::narrow(lanes[i]);
+    }
+    for (int i = 0; served && i < count; ++i) {
+      T* const to = state + i * channel;
+      const T* const from = x + i * x_channel;
+      if (call.cache_seqlens) {
+        for (int64_t t = 0; t < call.length; ++t) to[place(t)] = from[t * x_step];
+      } else {
+        for (int64_t j = 0; j < size; ++j) {
+          const int64_t source = j + call.length;  // of (state, x)
+          to[j * step] = source < size ? to[source * step] : from[(source - size) * x_step];
+        }
+      }
     }
   }
 }
@@ -191,11 +208,12 @@ void causal_conv1d_update(const CausalConv1dUpdate& call, int threads) {
   const int64_t strip = 512, strips = (call.channels + strip - 1) / strip;
   parallel_for(call.batch * strips, threads, [&](int64_t item, int) {
     const int64_t b = item / strips, first = item % strips * strip;
-    for (int64_t c = first; c < first + strip && c < call.channels; ++c) switch (call.x.dtype) {
-        case DType::kFloat32: update_channel<Float>(call, b, c); break;
-        case DType::kFloat16: update_channel<Half>(call, b, c); break;
-        case DType::kBFloat16: update_channel<BFloat16>(call, b, c); break;
-      }
+    const int64_t end = first + strip < call.channels ? first + strip : call.channels;
+    switch (call.x.dtype) {
+      case DType::kFloat32: return update_channels<Float>(call, b, first, end);
+      case DType::kFloat16: return update_channels<Half>(call, b, first, end);
+      case DType::kBFloat16: return update_channels<BFloat16>(call, b, first, end);
+    }
   });
 }
 
