@@ -11,6 +11,8 @@ import torch
 from ..cpu import build_info, extension
 from ..cpu import unavailable as extension_unavailable
 
+__all__ = ["extension", "stream", "unavailable"]
+
 
 @functools.cache
 def unavailable() -> str | None:
@@ -30,7 +32,7 @@ def unavailable() -> str | None:
     devices = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
     if not any(_serves(built.get("archs") or [], 10 * major + minor) for major, minor in devices):
         return (
-            f"the extension's CUDA kernels are for {built.get('archs')}, not for "
+            f"the extension's CUDA kernels are for {', '.join(built.get('archs') or [])}, not for "
             f"{', '.join(f'sm_{major}{minor}' for major, minor in devices)}; "
             "reinstall anima-fast with ANIMA_FAST_CUDA_ARCHS naming it"
         )
