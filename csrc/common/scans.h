@@ -73,8 +73,8 @@ struct GatedDeltaRule {
 
 // Depthwise causal convolution over tokens, weight[:, W-1] on the token itself:
 //   out[b, c, t] = act(bias[c] + Σ_j weight[c, j] x[b, c, t - (W-1) + j])
-// with initial_states before token 0, or 0. seq_idx: tokens of another sequence count as 0; a negative seq_idx (padding)
-// gives 0.
+// with initial_states before token 0, or 0. seq_idx: tokens with another number than t's count as 0, wherever they lie; a
+// negative number (padding) gives 0.
 struct CausalConv1d {
   Tensor x;                // [B, C, T]
   Tensor weight;           // [C, W], own type

@@ -2,7 +2,7 @@
 //
 // Two ways through memory. Where channels are neighbours (unit stride of C), lanes are channels and a task walks tokens
 // of a strip of channels. Otherwise lanes are tokens of one channel; with strides of neither kind, one at a time.
-// A tap that would reach before the sequence (seq_idx) or before token 0 finds an initial state or 0.
+// A tap that would reach a token of another sequence finds 0, one that would reach before token 0 an initial state or 0.
 #pragma once
 #include "chunk_scan.h"
 
@@ -13,16 +13,19 @@ namespace {
 constexpr int64_t kMostTaps = 16;
 constexpr int64_t kTokens = 256;  // tokens a task
 
-// reach[t]: how many tokens of the same sequence lie before t, at most W - 1; -1: padding (a negative index). Without
-// seq_idx tokens before 0 are the initial states and count, if there are any.
-static int reach_of(const CausalConv1d& call, int64_t b, int64_t t) {
-  const int taps = int(call.width) - 1;
-  if (!call.seq_idx) return call.initial_states.data || t >= taps ? taps : int(t);
+// The taps j of token t that find something, as bits: x of the same sequence, or an initial state. 0: the token is
+// padding (a negative number), and its result 0.
+static uint32_t live_taps(const CausalConv1d& call, int64_t b, int64_t t) {
+  const int64_t width = call.width;
+  const uint32_t all = (1u << width) - 1;
+  if (!call.seq_idx) return call.initial_states.data || t >= width - 1 ? all : all & ~((1u << (width - 1 - t)) - 1);
   const int32_t* index = call.seq_idx + b * call.length;
-  if (index[t] < 0) return -1;
-  int reach = 0;
-  while (reach < taps && t - reach - 1 >= 0 && index[t - reach - 1] == index[t]) ++reach;
-  return reach;
+  uint32_t live = 0;
+  for (int64_t j = 0; j < width && index[t] >= 0; ++j) {
+    const int64_t from = t - (width - 1) + j;
+    live |= uint32_t(from >= 0 && index[from] == index[t]) << j;
+  }
+  return live;
 }
 
 template <class Io>
@@ -58,9 +61,10 @@ struct Conv {
     offset = load(lanes);
     const bool unit_initial = !call.initial_states.data || call.initial_states.stride[1] == 1;
     for (int64_t t = begin; t < end; ++t) {
-      const int reach = reach_of(call, b, t);
+      const uint32_t live = live_taps(call, b, t);
       Vec sum = offset;
-      for (int64_t j = width - 1 - reach; j < width && reach >= 0; ++j) {
+      for (int64_t j = 0; j < width; ++j) {
+        if (!(live >> j & 1)) continue;
         const int64_t from = t - (width - 1) + j;
         Vec x;
         if (from < 0 && !unit_initial) {
@@ -72,7 +76,7 @@ struct Conv {
         }
         sum = fma(taps[j], x, sum);
       }
-      const Vec result = reach < 0 ? set1(0.0f) : activate(sum);
+      const Vec result = live ? activate(sum) : set1(0.0f);
       if (count == kWidth) Io::store(out_at(b, c0, t), result);
       else store_part<Io>(out_at(b, c0, t), result, count);
     }
@@ -93,11 +97,11 @@ struct Conv {
         t += kWidth;
         continue;
       }
-      const int reach = reach_of(call, b, t);
+      const uint32_t live = live_taps(call, b, t);
       float sum = offset;
-      for (int64_t j = width - 1 - reach; j < width && reach >= 0; ++j)
-        sum += taps[j] * Io::widen(*at(b, c, t - (width - 1) + j));
-      store_part<Io>(out_at(b, c, t), reach < 0 ? set1(0.0f) : activate(set1(sum)), 1);
+      for (int64_t j = 0; j < width; ++j)
+        if (live >> j & 1) sum += taps[j] * Io::widen(*at(b, c, t - (width - 1) + j));
+      store_part<Io>(out_at(b, c, t), live ? activate(set1(sum)) : set1(0.0f), 1);
       ++t;
     }
   }
