@@ -306,7 +306,7 @@ def _facts(
 
 
 def _cpu_unavailable() -> str | None:
-    from .ops.cpu import unavailable
+    from .ops.extension import unavailable
 
     return unavailable()
 

@@ -33,7 +33,7 @@ def facts_of(first: torch.Tensor) -> dispatch.Facts:
 
 
 def _cpu_unavailable() -> str | None:
-    from .ops.cpu import extension, unavailable
+    from .ops.extension import extension, unavailable
 
     reason = unavailable()
     if reason is None and not hasattr(extension(), "SsdChunkScan"):

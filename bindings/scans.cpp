@@ -1,5 +1,6 @@
 // One class an op: a call's tensors and sizes (csrc/common/scans.h), made from keyword arguments, with a method for each
-// device that runs it. A tensor is None or (address, element type, strides).
+// device that runs it and one that says how many bytes of workspace that takes. A tensor is None or (address, element
+// type, strides).
 #include "scans.h"
 
 #include <pybind11/stl.h>
@@ -93,8 +94,9 @@ void bind_scans(py::module_& m) {
            py::arg("D"), py::arg("z"), py::arg("dt_bias"), py::arg("out"), py::arg("state_indices"), py::arg("slots"),
            py::arg("batch"), py::arg("heads"), py::arg("head_dim"), py::arg("groups"), py::arg("state_dim"),
            py::arg("dt_softplus"))
+      .def("cpu_workspace", [](const SsdStateUpdate&, int) { return 0; })
       .def("cpu",
-           [](const SsdStateUpdate& call, int threads, const std::string& isa) {
+           [](const SsdStateUpdate& call, uintptr_t, int threads, const std::string& isa) {
              without_gil(call, isa, [=](const auto& c, Isa i) { ssd_state_update(c, threads, i); });
            })
 #if defined(ANIMA_CUDA)
@@ -151,8 +153,9 @@ void bind_scans(py::module_& m) {
            py::kw_only(), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("initial_states"), py::arg("out"),
            py::arg("final_states"), py::arg("seq_idx"), py::arg("batch"), py::arg("channels"), py::arg("length"),
            py::arg("width"), py::arg("silu"))
+      .def("cpu_workspace", [](const CausalConv1d&, int) { return 0; })
       .def("cpu",
-           [](const CausalConv1d& call, int threads, const std::string& isa) {
+           [](const CausalConv1d& call, uintptr_t, int threads, const std::string& isa) {
              without_gil(call, isa, [=](const auto& c, Isa i) { causal_conv1d(c, threads, i); });
            })
 #if defined(ANIMA_CUDA)
@@ -175,8 +178,9 @@ void bind_scans(py::module_& m) {
            py::kw_only(), py::arg("x"), py::arg("conv_state"), py::arg("weight"), py::arg("bias"), py::arg("out"),
            py::arg("cache_seqlens"), py::arg("state_indices"), py::arg("slots"), py::arg("batch"), py::arg("channels"),
            py::arg("length"), py::arg("width"), py::arg("state_length"), py::arg("silu"))
+      .def("cpu_workspace", [](const CausalConv1dUpdate&, int) { return 0; })
       .def("cpu",
-           [](const CausalConv1dUpdate& call, int threads, const std::string& isa) {
+           [](const CausalConv1dUpdate& call, uintptr_t, int threads, const std::string& isa) {
              without_gil(call, isa, [=](const auto& c, Isa i) { causal_conv1d_update(c, threads, i); });
            })
 #if defined(ANIMA_CUDA)

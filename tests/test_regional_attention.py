@@ -12,8 +12,8 @@ from strategies import Case, calls
 
 import anima_fast
 from anima_fast import BoundPlan, NoBackendError, RegionPlan, regional_attention
-from anima_fast.ops.cpu import extension, unavailable
 from anima_fast.ops.cpu.regional_attention import regional_attention as on_cpu
+from anima_fast.ops.extension import extension, unavailable
 from anima_fast.reference.regional_attention import regional_attention as reference
 
 needs_extension = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))

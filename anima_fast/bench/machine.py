@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..ops.cpu import build_info, extension, unavailable
+from ..ops.extension import build_info, extension, unavailable
 
 __all__ = ["commit", "describe"]
 

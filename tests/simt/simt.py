@@ -29,10 +29,10 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import anima_fast.ops.cpu as ops_cpu
 import anima_fast.ops.cuda as ops_cuda
+import anima_fast.ops.extension as ops_extension
 
-_EXTENSION, _STREAM = ops_cpu.extension, ops_cuda.stream  # what `run` replaces
+_EXTENSION, _STREAM = ops_extension.extension, ops_cuda.stream  # what `run` replaces
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..extension import address, view
-from . import extension
+from .. import calls
+from . import run
 
 
 def causal_conv1d(
@@ -21,18 +21,7 @@ def causal_conv1d(
     isa: str = "",
 ) -> None:
     """Write the convolution of x to `out` and, if asked for, its last W - 1 inputs to `final_states`."""
-    call = extension().CausalConv1d(
-        x=view(x),
-        weight=view(weight),
-        bias=view(bias),
-        initial_states=view(initial_states),
-        out=view(out),
-        final_states=view(final_states),
-        seq_idx=address(seq_idx),
-        batch=x.shape[0],
-        channels=x.shape[1],
-        length=x.shape[2],
-        width=weight.shape[1],
-        silu=silu,
+    call = calls.causal_conv1d(
+        x, weight, bias, out, final_states, initial_states=initial_states, seq_idx=seq_idx, silu=silu
     )
-    call.cpu(torch.get_num_threads(), isa)
+    run(call, isa)

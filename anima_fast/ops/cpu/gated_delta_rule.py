@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from ..extension import address, view
-from . import extension, workspace
+from .. import calls
+from . import run
 
 
 def gated_delta_rule(
@@ -27,43 +25,7 @@ def gated_delta_rule(
     isa: str = "",
 ) -> None:
     """Write the outputs to `o` and, if asked for, the last states. The chunk is always 64 tokens here."""
-    call = delta_call(q, k, v, g, beta, o, final_state, initial_state, scale, l2norm, cu_seqlens)
-    threads = torch.get_num_threads()
-    with workspace(call.cpu_workspace(threads)) as place:
-        call.cpu(place, threads, isa)
-
-
-def delta_call(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    o: torch.Tensor,
-    final_state: torch.Tensor | None,
-    initial_state: torch.Tensor | None,
-    scale: float,
-    l2norm: bool,
-    cu_seqlens: torch.Tensor | None,
-) -> Any:
-    """The call that `gated_delta_rule` and `gated_delta_step` have in common."""
-    return extension().GatedDeltaRule(
-        q=view(q),
-        k=view(k),
-        v=view(v),
-        g=view(g),
-        beta=view(beta),
-        initial_state=view(initial_state),
-        o=view(o),
-        final_state=view(final_state),
-        cu_seqlens=address(cu_seqlens),
-        batch=q.shape[0],
-        length=q.shape[1],
-        key_heads=q.shape[2],
-        value_heads=v.shape[2],
-        key_dim=q.shape[3],
-        value_dim=v.shape[3],
-        sequences=q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        scale=scale,
-        l2norm=l2norm,
+    call = calls.gated_delta_rule(
+        q, k, v, g, beta, o, final_state, initial_state=initial_state, scale=scale, l2norm=l2norm, cu_seqlens=cu_seqlens
     )
+    run(call, isa)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from . import workspace
-from .gated_delta_rule import delta_call
+from .. import calls
+from . import run
 
 
 def gated_delta_step(
@@ -24,7 +24,7 @@ def gated_delta_step(
     isa: str = "",
 ) -> None:
     """Write the outputs to `o` and, if asked for, the last states."""
-    call = delta_call(q, k, v, g, beta, o, final_state, initial_state, scale, l2norm, cu_seqlens)
-    threads = torch.get_num_threads()
-    with workspace(call.cpu_step_workspace(threads)) as place:
-        call.cpu_step(place, threads, isa)
+    call = calls.gated_delta_rule(
+        q, k, v, g, beta, o, final_state, initial_state=initial_state, scale=scale, l2norm=l2norm, cu_seqlens=cu_seqlens
+    )
+    run(call, isa, step=True)

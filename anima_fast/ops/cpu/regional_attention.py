@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...bound_plan import PlanTensors
-from . import extension
+from ..extension import extension
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..extension import address, view
-from . import extension
+from .. import calls
+from . import run
 
 
 def ssd_state_update(
@@ -26,26 +26,9 @@ def ssd_state_update(
 ) -> None:
     """Update `state` in place and write the token's output to `out`."""
     rows = state if state.stride(-1) == 1 else state.contiguous()
-    call = extension().SsdStateUpdate(
-        state=view(rows),
-        x=view(x),
-        dt=view(dt),
-        A=view(A),
-        B=view(B),
-        C=view(C),
-        D=view(D),
-        z=view(z),
-        dt_bias=view(dt_bias),
-        out=view(out),
-        state_indices=address(state_indices),
-        slots=state.shape[0],
-        batch=x.shape[0],
-        heads=x.shape[1],
-        head_dim=x.shape[2],
-        groups=B.shape[1],
-        state_dim=B.shape[2],
-        dt_softplus=dt_softplus,
+    call = calls.ssd_state_update(
+        rows, x, dt, A, B, C, out, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, state_indices=state_indices
     )
-    call.cpu(torch.get_num_threads(), isa)
+    run(call, isa)
     if rows is not state:
         state.copy_(rows)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-from ..cpu import build_info, extension
-from ..cpu import unavailable as extension_unavailable
+from ..extension import build_info, extension
+from ..extension import unavailable as extension_unavailable
 
 __all__ = ["extension", "stream", "unavailable"]
 
@@ -54,3 +55,11 @@ def stream(device: torch.device) -> Iterator[int]:
     """Makes `device` the current one and gives its stream, as the address the extension takes."""
     with torch.cuda.device(device):
         yield torch.cuda.current_stream(device).cuda_stream
+
+
+def run(call: Any, device: torch.device, step: bool = False) -> None:
+    """Run one of `ops.calls` on the device's current stream; `step`: a GatedDeltaRule token by token."""
+    with stream(device) as current:
+        size = call.cuda_step_workspace() if step else call.cuda_workspace()
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        (call.cuda_step if step else call.cuda)(workspace.data_ptr(), current)

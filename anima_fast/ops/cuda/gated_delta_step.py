@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from . import extension, stream
-from .gated_delta_rule import delta_arguments
+from .. import calls
+from . import run
 
 
 def gated_delta_step(
@@ -23,8 +23,7 @@ def gated_delta_step(
     cu_seqlens: torch.Tensor | None,
 ) -> None:
     """Write the outputs to `o` and, if asked for, the last states."""
-    arguments = delta_arguments(q, k, v, g, beta, o, final_state, initial_state, scale, l2norm, cu_seqlens)
-    call = extension().GatedDeltaRule(**arguments)
-    with stream(q.device) as current:
-        workspace = q.new_empty(call.cuda_step_workspace(), dtype=torch.uint8)
-        call.cuda_step(workspace.data_ptr(), current)
+    call = calls.gated_delta_rule(
+        q, k, v, g, beta, o, final_state, initial_state=initial_state, scale=scale, l2norm=l2norm, cu_seqlens=cu_seqlens
+    )
+    run(call, q.device, step=True)
