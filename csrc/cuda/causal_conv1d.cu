@@ -1,9 +1,9 @@
 // Depthwise causal convolution and its update for decoding; the calls are described in ../common/scans.h.
 //
-// Both are bound by memory: x is read and out written once (the width's other reads of x hit L1). At C 8192, T 1024 in fp32
-// that is 67 MB: 67 us on an RTX 4090, 20 us on an H100 by data-sheet bandwidth; not measured. A block has a tile of
-// 32 x 32 outputs whose fast dimension is the one that is contiguous in x, tokens or channels, so either layout is read in
-// whole lines.
+// Both are bound by memory: x is read and out written once (the width's other reads of x hit L1). At C 8192, T 1024 in
+// fp32 that is 67 MB: 67 us on an RTX 4090, 20 us on an H100 by data-sheet bandwidth; not measured. A block has a tile
+// of 32 x 32 outputs whose fast dimension is the one that is contiguous in x, tokens or channels, so either layout is
+// read in whole lines.
 #include "scans.h"
 #include "tile.cuh"
 
@@ -19,7 +19,8 @@ __device__ __forceinline__ T& element(const Tensor& tensor, int64_t b, int64_t c
 }
 
 template <class T>
-__global__ void __launch_bounds__(kSide * kRowsAtOnce) causal_conv1d_kernel(const CausalConv1d call, const bool along_c) {
+__global__ void __launch_bounds__(kSide * kRowsAtOnce, 1)
+    causal_conv1d_kernel(const CausalConv1d call, const bool along_c) {
   // Also the last W - 1 inputs, as tokens past the end, so that one launch writes all.
   const int history = int(call.width) - 1;
   const int64_t tokens = call.length + (call.final_states.data == nullptr ? 0 : history);
@@ -59,7 +60,7 @@ __global__ void __launch_bounds__(kSide * kRowsAtOnce) causal_conv1d_kernel(cons
 
 // A thread has all of one channel of one row, so it can update the state in place once its outputs are written.
 template <class T>
-__global__ void __launch_bounds__(kThreads) causal_conv1d_update_kernel(const CausalConv1dUpdate call) {
+__global__ void __launch_bounds__(kThreads, 1) causal_conv1d_update_kernel(const CausalConv1dUpdate call) {
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= call.batch * call.channels) return;
   const int64_t c = index % call.channels, b = index / call.channels;
@@ -103,7 +104,8 @@ const char* launch_conv(const CausalConv1d& call, void* stream) {
   const int64_t blocks = call.batch * ((call.channels + kSide - 1) / kSide) * ((tokens + kSide - 1) / kSide);
   if (blocks == 0) return nullptr;
   if (blocks > 0x7fffffff) return "causal_conv1d: batch * channels * length is too large for one launch";
-  return ANIMA_LAUNCH((causal_conv1d_kernel<T>), dim3(unsigned(blocks)), dim3(kSide * kRowsAtOnce), 0, stream, call, along_c);
+  return ANIMA_LAUNCH((causal_conv1d_kernel<T>), dim3(unsigned(blocks)), dim3(kSide * kRowsAtOnce), 0, stream, call,
+                      along_c);
 }
 
 template <class T>

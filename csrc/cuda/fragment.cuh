@@ -1,6 +1,6 @@
 // Matrix products of tiles in shared memory, by one warp, into fp32 accumulators in registers.
 //
-//   multiply<T, kTerms>(sum, a, b, row, column, depth):   sum[m][n] += A[row + 16 m.., :depth] B[:depth, column + 8 n..]
+//   multiply<T, kTerms>(sum, a, b, row, column, depth):  sum[m][n] += A[row + 16 m.., :depth] B[:depth, column + 8 n..]
 //
 // The accumulator of a 16 x 8 tile is four numbers a lane, at (accumulator_row(e), accumulator_column(e)), whatever
 // computes it. Operands are described by where they lie (Tile, ScaledTile); what multiplies is decided here:
@@ -10,8 +10,8 @@
 //   kTerms 2 (16 bits) is for what ends in a bf16 output, kTerms 3 (24 bits) for what ends in the fp32 state, which is
 //   returned and must be as good as fp32 arithmetic on the rounded inputs.
 // - everything else (fp32; fp16 against fp32, whose range fp16 terms would not hold) is fp32 arithmetic:
-//     - three-term TF32 where tensor cores are fast at it: with a = a0 + a1, both TF32, a b = a0 b0 + a0 b1 + a1 b0 up to
-//       2^-23. fp16 is exact in TF32, so there it is two terms.
+//     - three-term TF32 where tensor cores are fast at it: with a = a0 + a1, both TF32, a b = a0 b0 + a0 b1 + a1 b0 up
+//       to 2^-23. fp16 is exact in TF32, so there it is two terms.
 //     - FFMA elsewhere. Data-sheet rates, dense, of TF32 and of FFMA: A100 156 and 19.5 TFLOP/s, H100 494 and 67, but
 //       RTX 3090 35.6 and 35.6, RTX 4090 82.6 and 82.6, RTX 5090 105 and 105: three TF32 products take three times as
 //       long there as one FFMA. sm_75 has no TF32.
@@ -102,7 +102,9 @@ struct ScaledTile {
   int stride;
   static constexpr bool kExact = false;
 
-  __device__ __forceinline__ float value(int outer, int k) const { return to_float(data[k * stride + outer]) * scale[k]; }
+  __device__ __forceinline__ float value(int outer, int k) const {
+    return to_float(data[k * stride + outer]) * scale[k];
+  }
   __device__ __forceinline__ uint32_t pair(int, int) const { return 0; }  // only of exact operands
   __device__ __forceinline__ void four(int outer, int k, float (&values)[4]) const {
 #pragma unroll
@@ -111,7 +113,7 @@ struct ScaledTile {
 };
 
 // --- mma.sync: registers, with the lane's group g = lane / 4 and t = lane % 4. `kPacked` numbers a register.
-//   A register r: row g + 8 (r & 1), k from kPacked (t + 4 (r >> 1));   B register r: k from kPacked (t + 4 r), column g
+//   A register r: row g + 8 (r & 1), k from kPacked (t + 4 (r >> 1));  B register r: k from kPacked (t + 4 r), column g
 
 template <class Scalar>
 struct Shape {  // __half, __nv_bfloat16

@@ -8,19 +8,19 @@
 //   S    <- exp(G_last) S + Σ_j exp(G_last - G_j) k_j d_j^T
 // Solving for d with the state's part already in u takes one right-hand side of kSlice columns, not V + K.
 //
-// K is contracted in blocks of 64 as in ssd_chunk_scan.cu; the solve needs all of them before the state can change, so k
-// is read a second time (from L2) for the last line. l2norm is not applied to the tiles: the norms, found from the rows
-// as they pass, scale the products. T takes the place of k and the decayed q · k that of q.
+// K is contracted in blocks of 64 as in ssd_chunk_scan.cu; the solve needs all of them before the state can change, so
+// k is read a second time (from L2) for the last line. l2norm is not applied to the tiles: the norms, found from the
+// rows as they pass, scale the products. T takes the place of k and the decayed q · k that of q.
 //
-// The solve: a column of d belongs to 256 / kSlice neighbouring lanes, each of which keeps every (256 / kSlice)-th row in
-// registers; 64 dependent steps of a shuffle and a multiply-add, no barrier.
+// The solve: a column of d belongs to 256 / kSlice neighbouring lanes, each of which keeps every (256 / kSlice)-th row
+// in registers; 64 dependent steps of a shuffle and a multiply-add, no barrier.
 //
-// Roofline. Per token and value head: 3 K V multiply-adds for k S, q S and the state, chunk V / 2 for the outputs and as
-// many for the solve, and chunk K a slice for both products of rows. Bytes: v, o, g, beta once; q and k once from DRAM.
-// At B 1, L 1024, K = V 128, 16 key and 32 value heads (Qwen3.5-4B), fp32; data-sheet rates (see ssd_chunk_scan.cu):
-//   50.5 MB, 5.6 GFLOP with the rows' products of all 4 slices | floor RTX 4090 68 us, H100 34 us | k, q again: 184 MB
-// of L2. Nothing but o is written. Not counted are 16 dependent chunks, each with the 64 steps of its solve. None of this was
-// measured.
+// Roofline (rates as in ssd_chunk_scan.cu). A call needs, per token and value head, 3 K V multiply-adds for k S, q S
+// and the state, chunk V for the outputs and the solve, and chunk K for the products of rows; from DRAM q, k, v, o, g
+// and beta once. At B 1, L 1024, 16 key and 32 value heads, K = V 128 (Qwen3.5-4B), fp32: 50 MB, 4.3 GFLOP; floor on
+// RTX 4090 52 us, on H100 26 us. Beyond it: 1.6 GFLOP, the rows' products of the other three slices, and 185 MB from
+// L2, q and k once and k again in every block. Not in the floor: 16 dependent chunks, each with the 64 dependent steps
+// of its solve. None of this was measured.
 #include "scans.h"
 #include "tile.cuh"
 
@@ -36,13 +36,10 @@ struct Layout {
   static constexpr int kRegionBytes = kTileBytes > kScoreBytes ? kTileBytes : kScoreBytes;  // a tile, then scores
   static constexpr int kFixedBytes =
       int(sizeof(Decays)) + 3 * kChunk * int(sizeof(float)) + 2 * kRegionBytes + kChunk * kStrideD * int(sizeof(float));
-
-  __host__ __device__ static int state_stride(int64_t key_dim) {
-    return int((key_dim + kBlock - 1) / kBlock) * kBlock + Pad<float>::kAlong;
-  }
-  static size_t bytes(int64_t key_dim) {
-    return size_t(kFixedBytes) + kSlice * size_t(state_stride(key_dim)) * sizeof(float);
-  }
+  static constexpr int kMost = kSlice == 32 ? 128 : 256;  // K
+  static constexpr int kStride = kMost + Pad<float>::kAlong;  // of the state: fixed, because addresses cost registers
+  static constexpr int kBytes = kFixedBytes + kSlice * kStride * int(sizeof(float));
+  static_assert(kBytes <= 64 * 1024, "of sm_75, which has least");
 };
 
 // norms[row] (+)= the sums of squares of this thread's vectors of a tile; the threads of a row are neighbours.
@@ -56,12 +53,12 @@ __device__ __forceinline__ void add_squares(const Fetch<T, kBlock>& tile, float*
     for (int j = 0; j < F::kVector; ++j) sum = fmaf(tile.value(i, j), tile.value(i, j), sum);
 #pragma unroll
     for (int step = 1; step < F::kPerRow; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    if (F::column(i) == 0) norms[F::row(i)] = first ? sum : norms[F::row(i)] + sum;
+    if (F::column() == 0) norms[F::row(i)] = first ? sum : norms[F::row(i)] + sum;
   }
 }
 
 template <class T, int kSlice>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     gated_delta_rule_kernel(const GatedDeltaRule call, const bool vector_q, const bool vector_k, const bool vector_v) {
   using L = Layout<T, kSlice>;
   ANIMA_SHARED(unsigned char, memory);
@@ -77,15 +74,14 @@ __global__ void __launch_bounds__(kThreads)
   float* const scores = reinterpret_cast<float*>(region_q);
   float* const deltas = reinterpret_cast<float*>(region_q + L::kRegionBytes);  // v, then u, then d: [kChunk, kSlice]
   float* const state = deltas + kChunk * L::kStrideD;                          // [kSlice, K], padded with zeros
-  const int state_stride = L::state_stride(call.key_dim);
 
   const int slices = int((call.value_dim + kSlice - 1) / kSlice);
-  const int64_t v0 = int64_t(blockIdx.x) % slices * kSlice;
-  const int64_t row = blockIdx.x / slices;  // of [sequences, value_heads]
-  const int64_t h = row % call.value_heads, sequence = row / call.value_heads;
-  const int64_t hk = h / (call.value_heads / call.key_heads);
-  const int64_t columns_v = call.value_dim - v0;
-  const int64_t b = call.cu_seqlens == nullptr ? sequence : 0;
+  const int v0 = int(blockIdx.x % unsigned(slices)) * kSlice;
+  const int row = int(blockIdx.x / unsigned(slices));  // of [sequences, value_heads]
+  const int h = row % int(call.value_heads), sequence = row / int(call.value_heads);
+  const int hk = h / int(call.value_heads / call.key_heads);
+  const int key_dim = int(call.key_dim), columns_v = int(call.value_dim) - v0;
+  const int b = call.cu_seqlens == nullptr ? sequence : 0;
   const int64_t first = call.cu_seqlens == nullptr ? 0 : call.cu_seqlens[sequence];
   const int64_t end = call.cu_seqlens == nullptr ? call.length : call.cu_seqlens[sequence + 1];
 
@@ -102,11 +98,11 @@ __global__ void __launch_bounds__(kThreads)
   const int row_s = 16 * (warp % kTilesY), column_s = 8 * kTilesY * (warp / kTilesY);
   const bool below_diagonal = column_m <= row_y + 15;
 
-  const int64_t state_row = row * call.key_dim * call.value_dim;
-  for (int i = int(threadIdx.x); i < kSlice * state_stride; i += kThreads) {
+  const int64_t state_row = int64_t(row) * key_dim * call.value_dim;
+  for (int i = int(threadIdx.x); i < kSlice * L::kStride; i += kThreads) {
     const int c = i % kSlice, n = i / kSlice;
-    const bool given = call.initial_state.data != nullptr && c < columns_v && n < call.key_dim;
-    state[c * state_stride + n] =
+    const bool given = call.initial_state.data != nullptr && c < columns_v && n < key_dim;
+    state[c * L::kStride + n] =
         given ? static_cast<const float*>(call.initial_state.data)[state_row + n * call.value_dim + v0 + c] : 0.0f;
   }
 
@@ -115,11 +111,11 @@ __global__ void __launch_bounds__(kThreads)
   float next_g[2] = {0.0f, 0.0f}, next_beta[2] = {0.0f, 0.0f};
   int length = 0;
 
-  const auto fetch_k = [&](int64_t start, int64_t n0) {
-    next_k.load(k + start * call.k.stride[1] + n0, call.k.stride[1], length, call.key_dim - n0, vector_k);
+  const auto fetch_k = [&](int64_t start, int n0) {
+    next_k.load(k + start * call.k.stride[1] + n0, call.k.stride[1], length, key_dim - n0, vector_k);
   };
-  const auto fetch_q = [&](int64_t start, int64_t n0) {
-    next_q.load(q + start * call.q.stride[1] + n0, call.q.stride[1], length, call.key_dim - n0, vector_q);
+  const auto fetch_q = [&](int64_t start, int n0) {
+    next_q.load(q + start * call.q.stride[1] + n0, call.q.stride[1], length, key_dim - n0, vector_q);
   };
   const auto fetch_chunk = [&](int64_t start) {  // which need not exist: then length is 0
     length = end - start < kChunk ? (end > start ? int(end - start) : 0) : kChunk;
@@ -142,7 +138,7 @@ __global__ void __launch_bounds__(kThreads)
     const int rows = length;
     float kk[1][4][4] = {}, qk[1][4][4] = {}, ks[1][kTilesY][4] = {}, qs[1][kTilesY][4] = {};
 
-    for (int64_t n0 = 0; n0 < call.key_dim; n0 += kBlock) {
+    for (int n0 = 0; n0 < key_dim; n0 += kBlock) {
       __syncthreads();
       next_k.store(tile_k, kTileStride<T>);
       next_q.store(tile_q, kTileStride<T>);
@@ -156,7 +152,7 @@ __global__ void __launch_bounds__(kThreads)
         for (int i = 0; i < F::kShare; ++i) {
 #pragma unroll
           for (int j = 0; j < F::kVector; ++j) {
-            if (F::has(i)) deltas[F::row(i) * L::kStrideD + F::column(i) + j] = next_v.value(i, j);
+            if (F::has(i)) deltas[F::row(i) * L::kStrideD + F::column() + j] = next_v.value(i, j);
           }
         }
         if (warp == 0) {
@@ -166,16 +162,16 @@ __global__ void __launch_bounds__(kThreads)
         }
       }
       __syncthreads();
-      if (n0 + kBlock < call.key_dim) {
+      if (n0 + kBlock < key_dim) {
         fetch_k(start, n0 + kBlock);
         fetch_q(start, n0 + kBlock);
       } else {
         fetch_k(start, 0);
       }
 
-      const int depth = call.key_dim - n0 < kBlock ? (int(call.key_dim - n0) + 15) / 16 * 16 : kBlock;
+      const int depth = key_dim - n0 < kBlock ? (key_dim - n0 + 15) / 16 * 16 : kBlock;
       const Tile<T, true> of_k{tile_k, kTileStride<T>}, of_q{tile_q, kTileStride<T>};
-      const Tile<float, true> of_state{state + n0, state_stride};
+      const Tile<float, true> of_state{state + n0, L::kStride};
       if (below_diagonal) {
         multiply<T, 3>(kk, of_k, of_k, row_y, column_m, depth);
         multiply<T, 2>(qk, of_q, of_k, row_y, column_m, depth);
@@ -238,7 +234,8 @@ __global__ void __launch_bounds__(kThreads)
 
     const Tile<float, false> of_d{deltas, L::kStrideD};
     multiply<T, 2>(qs, Tile<float, true>{scores, kScoreStride}, of_d, row_y, column_y, row_y + 16);
-    T* const out = static_cast<T*>(call.o.data) + ((b * call.length + start) * call.value_heads + h) * call.value_dim + v0;
+    T* const out =
+        static_cast<T*>(call.o.data) + ((b * call.length + start) * call.value_heads + h) * call.value_dim + v0;
 #pragma unroll
     for (int n = 0; n < kTilesY; ++n) {
 #pragma unroll
@@ -250,23 +247,23 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
 
-    for (int64_t n0 = 0; n0 < call.key_dim; n0 += kBlock) {
+    for (int n0 = 0; n0 < key_dim; n0 += kBlock) {
       if (n0 > 0) __syncthreads();
       next_k.store(tile_k, kTileStride<T>);
       __syncthreads();
-      if (n0 + kBlock < call.key_dim) {
+      if (n0 + kBlock < key_dim) {
         fetch_k(start, n0 + kBlock);
       } else {
         fetch_chunk(start + rows);
       }
       float s[1][kTilesY][4];
       const float decay = decays.from_start[kChunk - 1];
-      float* const corner = state + row_s * state_stride + n0 + column_s;
+      float* const corner = state + row_s * L::kStride + n0 + column_s;
 #pragma unroll
       for (int n = 0; n < kTilesY; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          s[0][n][e] = decay * corner[accumulator_row(e) * state_stride + 8 * n + accumulator_column(e)];
+          s[0][n][e] = decay * corner[accumulator_row(e) * L::kStride + 8 * n + accumulator_column(e)];
         }
       }
       multiply<T, 3>(s, ScaledTile<float>{deltas, decays.to_end, L::kStrideD}, Tile<T, false>{tile_k, kTileStride<T>},
@@ -275,7 +272,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int n = 0; n < kTilesY; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          corner[accumulator_row(e) * state_stride + 8 * n + accumulator_column(e)] = s[0][n][e];
+          corner[accumulator_row(e) * L::kStride + 8 * n + accumulator_column(e)] = s[0][n][e];
         }
       }
     }
@@ -285,9 +282,9 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   if (call.final_state.data == nullptr) return;
   float* const destination = static_cast<float*>(call.final_state.data) + state_row;
-  for (int i = int(threadIdx.x); i < kSlice * int(call.key_dim); i += kThreads) {
+  for (int i = int(threadIdx.x); i < kSlice * key_dim; i += kThreads) {
     const int c = i % kSlice, n = i / kSlice;
-    if (c < columns_v) destination[n * call.value_dim + v0 + c] = state[c * state_stride + n];
+    if (c < columns_v) destination[n * call.value_dim + v0 + c] = state[c * L::kStride + n];
   }
 }
 
@@ -296,7 +293,7 @@ const char* launch_slices(const GatedDeltaRule& call, void* stream) {
   const int64_t blocks = call.sequences * call.value_heads * ((call.value_dim + kSlice - 1) / kSlice);
   if (blocks > 0x7fffffff) return "gated_delta_rule: sequences * heads is too large for one launch";
   return ANIMA_LAUNCH((gated_delta_rule_kernel<T, kSlice>), dim3(unsigned(blocks)), dim3(kThreads),
-                      (Layout<T, kSlice>::bytes(call.key_dim)), stream, call,
+                      (Layout<T, kSlice>::kBytes), stream, call,
                       in_vectors(call.q, {call.batch, call.length, call.key_heads}),
                       in_vectors(call.k, {call.batch, call.length, call.key_heads}),
                       in_vectors(call.v, {call.batch, call.length, call.value_heads}));

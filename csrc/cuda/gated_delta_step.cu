@@ -1,10 +1,11 @@
 // The gated delta rule token by token, for a few tokens: decoding. The call is described in ../common/scans.h.
 //
-// A warp owns eight columns of one value head's state, in registers: lane = column + 8 part, and of each column a part
-// has rows part, part + 4, ... (eight neighbouring floats of [K, V] are one 32-byte sector). A token costs two sums over
-// the parts, by shuffles, and nothing but q, k, v, g, beta and o moves: S is read and written once a call, 8 K V bytes a
-// head and sequence, which is the floor at small L (Qwen3.5-4B, 32 heads of 128 x 128: 4.2 MB a layer and sequence, 4.2 us
-// on an RTX 4090, 1.3 us on an H100 by data-sheet bandwidth; not measured).
+// A warp owns 32 / kParts columns of one value head's state, in registers: of each column a lane, part, has the rows
+// part, part + kParts, ... With four parts, eight neighbouring floats of [K, V] are one 32-byte sector; K above 128
+// takes eight parts, or registers would not suffice. A token costs two sums over the parts, by shuffles, and nothing
+// but q, k, v, g, beta and o moves: S is read and written once a call, 8 K V bytes a head and sequence, which is the
+// floor at small L (Qwen3.5-4B, 32 heads of 128 x 128: 4.2 MB a layer and sequence, 4.2 us on an RTX 4090, 1.3 us on
+// an H100 by data-sheet bandwidth; not measured).
 #include "scans.h"
 #include "tile.cuh"
 
@@ -13,17 +14,18 @@ namespace cuda {
 namespace {
 
 constexpr int kStepThreads = 128;
-constexpr int kColumns = 8, kParts = 32 / kColumns;
-constexpr int kColumnsOfBlock = kStepThreads / 32 * kColumns;
 
+// Of the lanes with this lane's column; lane = column + 32 / kParts * part.
+template <int kParts>
 __device__ __forceinline__ float sum_over_parts(float x) {
 #pragma unroll
-  for (int step = kColumns; step < 32; step *= 2) x += __shfl_xor_sync(~0u, x, step);
+  for (int step = 32 / kParts; step < 32; step *= 2) x += __shfl_xor_sync(~0u, x, step);
   return x;
 }
 
-template <class T, int kRows>  // of a part: K <= kParts * kRows
-__global__ void __launch_bounds__(kStepThreads) gated_delta_step_kernel(const GatedDeltaRule call) {
+template <class T, int kParts, int kRows>  // K <= kParts * kRows
+__global__ void __launch_bounds__(kStepThreads, 1) gated_delta_step_kernel(const GatedDeltaRule call) {
+  constexpr int kColumns = 32 / kParts, kColumnsOfBlock = kStepThreads / kParts;
   const int slices = int((call.value_dim + kColumnsOfBlock - 1) / kColumnsOfBlock);
   const int64_t row = blockIdx.x / slices;  // of [sequences, value_heads]
   const int64_t h = row % call.value_heads, sequence = row / call.value_heads;
@@ -62,9 +64,9 @@ __global__ void __launch_bounds__(kStepThreads) gated_delta_step_kernel(const Ga
       known = fmaf(state[r], key[r], known);
       squares = fmaf(key[r], key[r], squares);
     }
-    const float scale_k = call.l2norm ? 1.0f / sqrtf(sum_over_parts(squares) + 1e-6f) : 1.0f;
+    const float scale_k = call.l2norm ? 1.0f / sqrtf(sum_over_parts<kParts>(squares) + 1e-6f) : 1.0f;
     const float value = exists ? to_float(v[t * call.v.stride[1] + column]) : 0.0f;
-    const float delta = beta * (value - scale_k * sum_over_parts(known)) * scale_k;
+    const float delta = beta * (value - scale_k * sum_over_parts<kParts>(known)) * scale_k;
 
     float out = 0.0f;
     squares = 0.0f;
@@ -75,8 +77,8 @@ __global__ void __launch_bounds__(kStepThreads) gated_delta_step_kernel(const Ga
       out = fmaf(state[r], query, out);
       squares = fmaf(query, query, squares);
     }
-    const float scale_q = call.l2norm ? 1.0f / sqrtf(sum_over_parts(squares) + 1e-6f) : 1.0f;
-    out = sum_over_parts(out) * scale_q * call.scale;
+    const float scale_q = call.l2norm ? 1.0f / sqrtf(sum_over_parts<kParts>(squares) + 1e-6f) : 1.0f;
+    out = sum_over_parts<kParts>(out) * scale_q * call.scale;
     if (exists && part == 0) o[t * call.value_heads * call.value_dim + column] = from_float<T>(out);
   }
 
@@ -87,18 +89,20 @@ __global__ void __launch_bounds__(kStepThreads) gated_delta_step_kernel(const Ga
   }
 }
 
-template <class T, int kRows>
+template <class T, int kParts, int kRows>
 const char* launch_rows(const GatedDeltaRule& call, void* stream) {
+  constexpr int kColumnsOfBlock = kStepThreads / kParts;
   const int64_t blocks = call.sequences * call.value_heads * ((call.value_dim + kColumnsOfBlock - 1) / kColumnsOfBlock);
   if (blocks > 0x7fffffff) return "gated_delta_step: sequences * heads is too large for one launch";
-  return ANIMA_LAUNCH((gated_delta_step_kernel<T, kRows>), dim3(unsigned(blocks)), dim3(kStepThreads), 0, stream, call);
+  return ANIMA_LAUNCH((gated_delta_step_kernel<T, kParts, kRows>), dim3(unsigned(blocks)), dim3(kStepThreads), 0,
+                      stream, call);
 }
 
 template <class T>
 const char* launch_type(const GatedDeltaRule& call, void* stream) {
-  if (call.key_dim <= 16 * kParts) return launch_rows<T, 16>(call, stream);
-  if (call.key_dim <= 32 * kParts) return launch_rows<T, 32>(call, stream);
-  return launch_rows<T, 64>(call, stream);
+  if (call.key_dim <= 64) return launch_rows<T, 4, 16>(call, stream);
+  if (call.key_dim <= 128) return launch_rows<T, 4, 32>(call, stream);
+  return launch_rows<T, 8, 32>(call, stream);
 }
 
 }  // namespace

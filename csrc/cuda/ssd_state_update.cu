@@ -1,8 +1,8 @@
 // One token of Mamba2's recurrence, for decoding; the call is described in ../common/scans.h.
 //
-// A warp owns one row p of one head's state and its lanes the columns n, so that the state moves in whole lines. It is read
-// and written once: that is the floor, 2 N P elements a head and row (mamba2-2.7b, 80 heads of 64 x 128 in fp32: 5.2 MB a
-// layer and row, 5.2 us on an RTX 4090, 1.6 us on an H100 by data-sheet bandwidth; not measured).
+// A warp owns one row p of one head's state and its lanes the columns n, so that the state moves in whole lines. It is
+// read and written once: that is the floor, 2 N P elements a head and row (mamba2-2.7b, 80 heads of 64 x 128 in fp32:
+// 5.2 MB a layer and row, 5.2 us on an RTX 4090, 1.6 us on an H100 by data-sheet bandwidth; not measured).
 #include "scans.h"
 #include "tile.cuh"
 
@@ -13,7 +13,7 @@ namespace {
 constexpr int kRowsOfBlock = 8;
 
 template <class State, class T>
-__global__ void __launch_bounds__(32 * kRowsOfBlock) ssd_state_update_kernel(const SsdStateUpdate call) {
+__global__ void __launch_bounds__(32 * kRowsOfBlock, 1) ssd_state_update_kernel(const SsdStateUpdate call) {
   const int slices = int((call.head_dim + kRowsOfBlock - 1) / kRowsOfBlock);
   const int64_t p = int64_t(blockIdx.x) % slices * kRowsOfBlock + threadIdx.x / 32;
   const int64_t row = blockIdx.x / slices;  // of [batch, heads]

@@ -10,6 +10,7 @@
 namespace anima {
 namespace cuda {
 
+// Kernels say __launch_bounds__(threads, 1): without the 1 ptxas would spill a few registers to fit another block.
 constexpr int kThreads = 256;
 constexpr int kChunk = 64;
 constexpr int kBlock = 64;  // of the state dimension that is contracted (N, K): tiles are [kChunk, kBlock]
@@ -40,27 +41,26 @@ struct Fetch {
   static constexpr int kVectors = kChunk * kPerRow, kShare = (kVectors + kThreads - 1) / kThreads;
   uint4 share[kShare];
 
+  static_assert(kThreads % kPerRow == 0, "a thread has one column");
   __device__ __forceinline__ static bool has(int i) {
     return kVectors % kThreads == 0 || int(threadIdx.x) + i * kThreads < kVectors;
   }
-  __device__ __forceinline__ static int row(int i) { return (int(threadIdx.x) + i * kThreads) / kPerRow; }
-  __device__ __forceinline__ static int column(int i) {
-    return (int(threadIdx.x) + i * kThreads) % kPerRow * kVector;
-  }
+  __device__ __forceinline__ static int row(int i) { return int(threadIdx.x / kPerRow) + i * (kThreads / kPerRow); }
+  __device__ __forceinline__ static int column() { return int(threadIdx.x % kPerRow) * kVector; }
 
   // `rows` and `columns` are what exists; the rest is 0 and is not read. `vectors`: everything is 16-byte aligned.
-  __device__ __forceinline__ void load(const T* source, int64_t stride, int rows, int64_t columns, bool vectors) {
+  __device__ __forceinline__ void load(const T* source, int64_t stride, int rows, int columns, bool vectors) {
+    const T* from = source + row(0) * stride + column();
 #pragma unroll
-    for (int i = 0; i < kShare; ++i) {
+    for (int i = 0; i < kShare; ++i, from += kThreads / kPerRow * stride) {
       share[i] = make_uint4(0, 0, 0, 0);
       if (!has(i) || row(i) >= rows) continue;
-      const T* from = source + row(i) * stride + column(i);
-      if (vectors && column(i) + kVector <= columns) {
+      if (vectors && column() + kVector <= columns) {
         share[i] = *reinterpret_cast<const uint4*>(from);
       } else {
         T values[kVector];
 #pragma unroll
-        for (int j = 0; j < kVector; ++j) values[j] = column(i) + j < columns ? from[j] : from_float<T>(0.0f);
+        for (int j = 0; j < kVector; ++j) values[j] = column() + j < columns ? from[j] : from_float<T>(0.0f);
         memcpy(&share[i], values, sizeof values);
       }
     }
@@ -69,7 +69,7 @@ struct Fetch {
   __device__ __forceinline__ void store(T* tile, int stride) const {
 #pragma unroll
     for (int i = 0; i < kShare; ++i) {
-      if (has(i)) *reinterpret_cast<uint4*>(tile + row(i) * stride + column(i)) = share[i];
+      if (has(i)) *reinterpret_cast<uint4*>(tile + row(i) * stride + column()) = share[i];
     }
   }
 
