@@ -106,7 +106,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     const bool given = call.initial_state.data != nullptr && p < columns_p && n < state_dim;
     state[i] = given ? static_cast<const float*>(call.initial_state.data)[state_row + (p0 + p) * state_dim + n] : 0.0f;
   }
-  __syncthreads();
 
   // Sequences whose states are due: those before `sequence` are written.
   const int sequences = call.varlen_states.data == nullptr ? 0 : int(call.sequences);
