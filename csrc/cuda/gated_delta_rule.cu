@@ -180,7 +180,6 @@ __global__ void __launch_bounds__(kThreads, 1)
       multiply<T, 2>(qs, of_q, of_state, row_y, column_y, depth);
     }
 
-    __syncthreads();
     if (threadIdx.x < kChunk) {
       const int i = int(threadIdx.x);
       scale_k[i] = call.l2norm ? 1.0f / sqrtf(scale_k[i] + 1e-6f) : 1.0f;
