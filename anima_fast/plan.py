@@ -202,6 +202,8 @@ class RegionPlan:
         ranges: Sequence[Sequence[int]] | None = None,
         *,
         grid: tuple[int, int, int] | None = None,
+        pad_count: int = 0,
+        pad_bias: float = 0.0,
     ) -> BoundPlan:
         """The plan behind a materialised additive bias whose columns are equal within each prompt.
 
@@ -210,6 +212,8 @@ class RegionPlan:
             ranges: the prompts' column ranges. Columns in none of them become segments of their own where
                 they can be attended. Default: every run of equal columns is a segment.
             grid: (T, Ht, Wt) of the Nq queries; default (1, 1, Nq).
+            pad_count, pad_bias: zero rows that belong to no prompt, and the bias they all have (-inf: none): how a
+                pack that concatenates prompts and then pads the whole suppresses those pads.
 
         Returns a plan bound to that grid. A finite value is kept as it is (at least -1e30), so the result equals
         attention with the template, except that a query whose row is -inf throughout attends to all segments.
@@ -273,9 +277,13 @@ class RegionPlan:
         if not any(end > start for start, end in found):
             raise invalid("template", "no column that any query may attend to", "at least one")
         bias = torch.stack([template[:, s] if e > s else template.new_full((queries,), -math.inf) for s, e in found])
-        return bind_rows(
-            bias, [(s, e, 0) for s, e in found], "logit", check_grid("grid", grid or (1, 1, queries), queries)
-        )
+        shared = [(s, e, 0) for s, e in found]
+        if check_pad_count("pad_count", pad_count):
+            if not float(pad_bias) < math.inf:
+                raise invalid("pad_bias", f"{pad_bias}", "a finite number or -inf")
+            shared.append((0, 0, pad_count))
+            bias = torch.cat([bias, bias.new_full((1, queries), float(pad_bias))])
+        return bind_rows(bias, shared, "logit", check_grid("grid", grid or (1, 1, queries), queries))
 
     def token_weights(self, grid: tuple[int, int, int], canvas: tuple[float, float] | None = None) -> torch.Tensor:
         """w_r on the token grid, float64 `[R, Ht, Wt]`: resampled, and normalised if the plan says so."""

@@ -1,0 +1,262 @@
+"""The ComfyUI nodes (V3). Importing this imports ComfyUI; `comfy_entrypoint` is what it looks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfyui_version import __version__ as comfyui_version
+
+from .patching import accelerate, apply_regions, parse_blocks, require_comfyui
+from .preview import preview
+from .regions import Region, Settings
+
+require_comfyui(comfyui_version)
+
+from comfy_api.latest import ComfyExtension, io, ui  # noqa: E402
+
+__all__ = ["comfy_entrypoint"]
+
+CATEGORY = "conditioning/anima"
+
+RegionType = io.Custom("ANIMA_FAST_REGION")
+
+
+def _regions_input() -> io.Autogrow.Input:
+    template = io.Autogrow.TemplatePrefix(
+        RegionType.Input("region", tooltip="From an Anima Region node."), prefix="region", min=1, max=64
+    )
+    return io.Autogrow.Input("regions", template=template, tooltip="Any number of Anima Region nodes.")
+
+
+def _named(regions: dict[str, Region | None]) -> list[Region]:
+    return [region for region in regions.values() if region is not None]
+
+
+class AnimaFastRegion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AnimaFastRegion",
+            display_name="Anima Region",
+            category=CATEGORY,
+            description="One prompt and where in the picture it counts. Connect it to Anima Regions.",
+            search_aliases=["regional prompt", "attention couple", "regional conditioning"],
+            inputs=[
+                io.Conditioning.Input("conditioning", tooltip="The region's prompt, from CLIP Text Encode."),
+                io.Mask.Input("mask", tooltip="Where it counts: white yes, black no, grey in between. Any size, one mask."),
+                io.Float.Input(
+                    "strength", default=1.0, min=0.0, max=10.0, step=0.05,
+                    tooltip="Multiplies the strength of Anima Regions for this region. 0: no limit to its place.",
+                ),
+                io.Int.Input(
+                    "priority", default=0, min=-100, max=100,
+                    tooltip="Where regions overlap, a higher priority takes the place; equal ones share it.",
+                ),
+                io.String.Input("name", default="region", tooltip="What messages and the preview call it."),
+            ],
+            outputs=[RegionType.Output(display_name="region")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, conditioning: Any, mask: Any, strength: float, priority: int, name: str) -> io.NodeOutput:
+        return io.NodeOutput(Region.make(conditioning, mask, strength, priority, name.strip() or "region"))
+
+
+class AnimaFastRegions(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AnimaFastRegions",
+            display_name="Anima Regions",
+            category=CATEGORY,
+            description="Different prompts in different places of a picture, in one fused cross-attention. Connect the "
+            "model and both conditionings to any sampler.",
+            search_aliases=["regional prompt", "attention couple", "regional conditioning"],
+            inputs=[
+                io.Model.Input("model", tooltip="An Anima model, with or without LoRA and control."),
+                io.Conditioning.Input("base", tooltip="The prompt of the whole picture; it becomes positive."),
+                io.Conditioning.Input("negative", tooltip="Passed through; it is never regional."),
+                _regions_input(),
+                io.Combo.Input(
+                    "combine", options=["logit", "blend"], default="logit",
+                    tooltip="logit: one attention over all prompts, each biased by its mask. blend: one attention a "
+                    "prompt, mixed by the masks, as Attention Couple does.",
+                ),
+                io.Combo.Input(
+                    "mode", options=["soft_log", "hard"], default="soft_log",
+                    tooltip="soft_log: bias = strength x log(weight). hard: a prompt counts where its weight is above "
+                    "one half and nowhere else.",
+                ),
+                io.Float.Input(
+                    "strength", default=0.35, min=0.0, max=2.0, step=0.01,
+                    tooltip="How strictly prompts keep to their masks. logit: 0 not at all, 0.2 to 0.5 is usual. blend: "
+                    "the regions' share, the base prompt gets the rest.",
+                ),
+                io.Float.Input(
+                    "start_percent", default=0.0, min=0.0, max=1.0, step=0.01,
+                    tooltip="When regions begin to count, as a share of the sampling (0: from the first step).",
+                ),
+                io.Float.Input(
+                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01,
+                    tooltip="When they cease to (1: never).",
+                ),
+                io.Combo.Input(
+                    "outside", options=["all", "base"], default="all", advanced=True,
+                    tooltip="Outside that window, and in blocks not listed: every prompt counts everywhere, or the base "
+                    "prompt alone.",
+                ),
+                io.Boolean.Input(
+                    "base_always_allowed", default=True, advanced=True,
+                    tooltip="logit: the base prompt counts everywhere.",
+                ),
+                io.Boolean.Input(
+                    "unmasked_to_base", default=True, advanced=True,
+                    tooltip="logit: else, it counts where no region does.",
+                ),
+                io.Float.Input(
+                    "base_weight", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True,
+                    tooltip="blend: the base prompt's least share.",
+                ),
+                io.Boolean.Input(
+                    "normalize_overlaps", default=True, advanced=True,
+                    tooltip="Where regions overlap, scale their weights to a sum of at most 1.",
+                ),
+                io.Float.Input(
+                    "eps", default=1e-4, min=1e-8, max=1.0, step=1e-4, round=False, advanced=True,
+                    tooltip="soft_log: the least weight, so that the logarithm is finite.",
+                ),
+                io.Float.Input(
+                    "hard_value", default=0.0, min=-200.0, max=0.0, step=1.0, advanced=True,
+                    tooltip="hard: the bias outside a region. 0: excluded altogether, which is also the fastest.",
+                ),
+                io.Combo.Input(
+                    "resample", options=["area", "bilinear", "nearest", "max"], default="area", advanced=True,
+                    tooltip="How masks become weights of 16 x 16 pixel tokens.",
+                ),
+                io.Combo.Input(
+                    "pads", options=["fold", "strip"], default="fold", advanced=True,
+                    tooltip="fold: every prompt keeps its padding, as in the plain model. strip: leave it out, which "
+                    "changes the picture.",
+                ),
+                io.String.Input(
+                    "blocks", default="", advanced=True,
+                    tooltip="Transformer blocks that see regions, such as 0-13, 20. Empty: all.",
+                ),
+                io.Int.Input(
+                    "canvas_width", default=0, min=0, max=65536, advanced=True,
+                    tooltip="With canvas_height: the picture's shape that the masks are for. 0: the masks' own shape.",
+                ),
+                io.Int.Input("canvas_height", default=0, min=0, max=65536, advanced=True, tooltip="See canvas_width."),
+                io.Boolean.Input(
+                    "stretch_masks", default=False, advanced=True,
+                    tooltip="Serve pictures of another shape too, stretching the masks. Off: they are left alone, with a "
+                    "warning, since such a picture is often a tile.",
+                ),
+                *(
+                    io.Float.Input(
+                        f"crop_{side}", default=default, min=0.0, max=1.0, step=0.001, advanced=True,
+                        tooltip="The part of the canvas that is sampled, as fractions: for tiles.",
+                    )
+                    for side, default in (("top", 0.0), ("left", 0.0), ("bottom", 1.0), ("right", 1.0))
+                ),
+                io.Boolean.Input(
+                    "debug", default=False, advanced=True,
+                    tooltip="Log each block's first call: shapes, grid, prompts' rows and pads, bias, NaN and inf.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model"),
+                io.Conditioning.Output(display_name="positive"),
+                io.Conditioning.Output(display_name="negative"),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        base: Any,
+        negative: Any,
+        regions: dict[str, Region | None],
+        blocks: str,
+        hard_value: float,
+        canvas_width: int,
+        canvas_height: int,
+        stretch_masks: bool,
+        crop_top: float,
+        crop_left: float,
+        crop_bottom: float,
+        crop_right: float,
+        **settings: Any,
+    ) -> io.NodeOutput:
+        whole = Settings(
+            blocks=parse_blocks(blocks),
+            hard_value=hard_value or None,
+            canvas=(canvas_width, canvas_height) if canvas_width or canvas_height else None,
+            stretch=stretch_masks,
+            crop=(crop_top, crop_left, crop_bottom, crop_right),
+            **settings,
+        )
+        return io.NodeOutput(apply_regions(model, _named(regions), whole), base, negative)
+
+
+class AnimaFastAccelerate(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AnimaFastAccelerate",
+            display_name="Anima Accelerate",
+            category="model_patches/anima",
+            description="The same picture, faster: the padding of each prompt is folded into one number. Not needed after "
+            "Anima Regions, which does it too.",
+            search_aliases=["speed up", "padding", "cross attention"],
+            inputs=[
+                io.Model.Input("model", tooltip="An Anima model."),
+                io.Boolean.Input("debug", default=False, advanced=True, tooltip="Log each block's first call."),
+            ],
+            outputs=[io.Model.Output(display_name="model")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, debug: bool) -> io.NodeOutput:
+        return io.NodeOutput(accelerate(model, debug))
+
+
+class AnimaFastRegionPreview(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AnimaFastRegionPreview",
+            display_name="Anima Region Preview",
+            category=CATEGORY,
+            description="The regions as the model sees them: its grid of 16 x 16 pixel tokens, each region's weights, "
+            "overlaps and what no region covers.",
+            inputs=[
+                _regions_input(),
+                io.Int.Input("width", default=1024, min=16, max=16384, step=8, tooltip="Of the picture, in pixels."),
+                io.Int.Input("height", default=1024, min=16, max=16384, step=8, tooltip="Of the picture, in pixels."),
+                io.Boolean.Input("normalize_overlaps", default=True, tooltip="As in Anima Regions."),
+                io.Combo.Input(
+                    "resample", options=["area", "bilinear", "nearest", "max"], default="area", tooltip="As in Anima Regions."
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="grid"), io.Image.Output(display_name="weights")],
+            is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, regions: dict[str, Region | None], width: int, height: int, normalize_overlaps: bool, resample: str
+    ) -> io.NodeOutput:
+        settings = Settings(normalize_overlaps=normalize_overlaps, resample=resample)
+        grid, weights = preview(_named(regions), settings, width, height)
+        return io.NodeOutput(grid, weights, ui=ui.PreviewImage(grid, cls=cls))
+
+
+class AnimaFast(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [AnimaFastRegion, AnimaFastRegions, AnimaFastAccelerate, AnimaFastRegionPreview]
+
+
+async def comfy_entrypoint() -> AnimaFast:
+    return AnimaFast()
