@@ -60,9 +60,9 @@ ifneq ($(TORCH_INDEX),)
 	  || $(PIP) install --no-deps -c constraints.txt torch
 	constraints=$$($(BIN)/python -c 'import importlib.metadata as m; \
 	  print("constraints.txt" if "triton" in str(m.requires("torch")) else "constraints-cpu.txt")') && \
-	  ANIMA_FAST_REQUIRE_EXT= ANIMA_FAST_NO_EXT=1 $(PIP) install -c $$constraints -e '.[dev]'
+	  ANIMA_FAST_REQUIRE_EXT= ANIMA_FAST_REQUIRE_CUDA= ANIMA_FAST_NO_EXT=1 $(PIP) install -c $$constraints -e '.[dev]'
 else
-	ANIMA_FAST_REQUIRE_EXT= ANIMA_FAST_NO_EXT=1 $(PIP) install -c constraints.txt -e '.[dev]'
+	ANIMA_FAST_REQUIRE_EXT= ANIMA_FAST_REQUIRE_CUDA= ANIMA_FAST_NO_EXT=1 $(PIP) install -c constraints.txt -e '.[dev]'
 endif
 	@touch $@
 
