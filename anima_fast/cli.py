@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from . import __version__
 from .bench.cases import DTYPES, LAYOUTS, MODES
+from .bench.scan_cases import OPS, SHAPES
 from .errors import NoBackendError
 
 __all__ = ["main"]
@@ -22,7 +23,7 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code is returned (argparse exits by itself on --help and bad options)."""
     options = _parser().parse_args(argv)
-    command = importlib.import_module(f".commands.{options.command}", __package__)
+    command = importlib.import_module(f".commands.{options.module}", __package__)
     try:
         return int(command.run(options))
     except (ValueError, TypeError, OSError, NoBackendError) as error:
@@ -70,13 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
     def command(name: str, summary: str, examples: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
-            name,
-            help=summary,
-            description=summary[0].upper() + summary[1:] + ".",
-            epilog=examples,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        return _add_command(commands, name, name, summary, examples)
 
     info = command(
         "info",
@@ -104,11 +99,54 @@ def _parser() -> argparse.ArgumentParser:
         "bench",
         "measure every backend and every peer that is installed, each checked against fp64 before it is timed",
         "examples:\n"
+        "  anima-fast bench attention --mode all --json out.json\n"
+        "  anima-fast bench scan --lengths 77 512 --json out.json",
+    )
+    ops = bench.add_subparsers(dest="op", required=True, metavar="{attention,scan}", parser_class=_Parser)
+    _add_bench_attention(ops)
+    _add_bench_scan(ops)
+
+    warmup = command(
+        "warmup",
+        "compile the Triton kernels that a model will need, so that its first call does not wait",
+        "example:\n  anima-fast warmup --dtype bf16 fp16",
+    )
+    warmup.add_argument(
+        "--dtype", nargs="+", choices=tuple(DTYPES), default=["bf16", "fp16"], help="default: bf16 fp16"
+    )
+    warmup.add_argument("--heads", type=_count, default=16, metavar="H", help="default: %(default)s, as Anima")
+    warmup.add_argument("--head-dim", type=_count, default=128, metavar="D", help="default: %(default)s, as Anima")
+    warmup.add_argument("--device", default="cuda", help="cuda, cuda:1 … (default: %(default)s)")
+    _add_json(warmup)
+    return parser
+
+
+def _add_command(
+    commands: argparse._SubParsersAction[_Parser], name: str, module: str, summary: str, examples: str
+) -> argparse.ArgumentParser:
+    """A command that is run by `commands/<module>.py`."""
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(module=module)
+    return parser
+
+
+def _add_bench_attention(ops: argparse._SubParsersAction[_Parser]) -> None:
+    bench = _add_command(
+        ops,
+        "attention",
+        "bench",
+        "regional attention: every backend and every peer that is installed, each checked before it is timed",
+        "examples:\n"
         "  anima-fast bench attention\n"
         "  anima-fast bench attention --mode all --size 1024x1024 --size 2048x2048 --json out.json --plot out.png\n"
         "  anima-fast bench attention --backends cpu torch --peers stock --mode hard --layout halves",
     )
-    bench.add_argument("op", choices=("attention",), help="what to measure")
     bench.add_argument(
         "--size", type=_size, action="append", metavar="WxH", help="picture size; repeatable (default: 1024x1024)"
     )
@@ -124,6 +162,48 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--heads", type=_count, default=16, metavar="H", help="default: %(default)s")
     bench.add_argument("--head-dim", type=_count, default=128, metavar="D", help="default: %(default)s")
     bench.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="default: %(default)s")
+    _add_bench_common(bench)
+    bench.add_argument("--plot", metavar="F.png", help="draw times and memory (needs matplotlib)")
+
+
+def _add_bench_scan(ops: argparse._SubParsersAction[_Parser]) -> None:
+    bench = _add_command(
+        ops,
+        "scan",
+        "bench_scan",
+        "Mamba2, gated delta rule and their convolution: sequences and single tokens, long sequences, whole models",
+        "examples:\n"
+        "  anima-fast bench scan\n"
+        "  anima-fast bench scan --ops ssd_chunk_scan --shapes all --lengths 77 1024 8192 --json out.json\n"
+        "  anima-fast bench scan --ops gated_delta_rule --shapes qwen3.5-4b delta:8,128,128,4 --lengths 512\n"
+        "  anima-fast bench scan --linear\n"
+        "  anima-fast bench scan --models --rounds 5",
+    )
+    bench.add_argument("--ops", nargs="+", choices=tuple(OPS), default=list(OPS), metavar="OP", help="default: all")
+    bench.add_argument(
+        "--shapes",
+        nargs="+",
+        metavar="SHAPE",
+        help=f"all, {', '.join(SHAPES)}, ssd:H,P,N,G or delta:Hv,V,K,Hk (default: one of each kind)",
+    )
+    bench.add_argument(
+        "--lengths",
+        nargs="+",
+        type=_count,
+        metavar="L",
+        help="tokens (default: 77 512 1024; --models: 77 512; --linear: 1024 to 65536, times 4)",
+    )
+    bench.add_argument("--no-final-state", action="store_true", help="scans do not return their last state")
+    mode = bench.add_mutually_exclusive_group()
+    mode.add_argument("--linear", action="store_true", help="instead: time and memory a token as L grows, few heads")
+    mode.add_argument(
+        "--models", action="store_true", help="instead: tokens/s of transformers' models, with anima_fast and without"
+    )
+    bench.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="default: %(default)s")
+    _add_bench_common(bench)
+
+
+def _add_bench_common(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default: %(default)s)")
     bench.add_argument(
         "--rounds", type=_count, default=10, metavar="N", help="timed calls of each (default: %(default)s)"
@@ -135,21 +215,6 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--json", nargs="?", const="-", metavar="F", help="write all samples to F; without F to stdout, and no table"
     )
-    bench.add_argument("--plot", metavar="F.png", help="draw times and memory (needs matplotlib)")
-
-    warmup = command(
-        "warmup",
-        "compile the Triton kernels that a model will need, so that its first call does not wait",
-        "example:\n  anima-fast warmup --dtype bf16 fp16",
-    )
-    warmup.add_argument(
-        "--dtype", nargs="+", choices=tuple(DTYPES), default=["bf16", "fp16"], help="default: bf16 fp16"
-    )
-    warmup.add_argument("--heads", type=_count, default=16, metavar="H", help="default: %(default)s, as Anima")
-    warmup.add_argument("--head-dim", type=_count, default=128, metavar="D", help="default: %(default)s, as Anima")
-    warmup.add_argument("--device", default="cuda", help="cuda, cuda:1 … (default: %(default)s)")
-    _add_json(warmup)
-    return parser
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

@@ -12,12 +12,14 @@ import torch
 from PIL import Image
 
 from anima_fast import RegionPlan
+from anima_fast.bench.scan_cases import OPS
 from anima_fast.cli import main
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 REGION_FILES = sorted(EXAMPLES.glob("*.json"))
 TINY = ["--size", "128x128", "--heads", "2", "--head-dim", "32", "--tokens", "5", "--pad-to", "16", "--rounds", "1"]
 FEW = ["--backends", "torch", "--peers", "stock"]
+TINY_SCANS = ["--shapes", "ssd:4,8,16,2", "delta:4,8,16,2", "--lengths", "1", "70", "--rounds", "1"]
 
 
 def run(capsys, *arguments):
@@ -66,17 +68,17 @@ def region_file(folder, **changes):
 # ------------------------------------------------------------------------------------------------------------ all
 
 
-@pytest.mark.parametrize("command", ["info", "regions", "bench", "warmup"])
+@pytest.mark.parametrize("command", ["info", "regions", "bench", "bench attention", "bench scan", "warmup"])
 def test_help_has_an_example(capsys, command):
     with pytest.raises(SystemExit) as stopped:
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert f"anima-fast {command}" in text.partition("example")[2]
     assert "--json" in text
 
 
-@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["info", "--nonsense"], ["bench"], ["bench", "scan"]])
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["info", "--nonsense"], ["bench"], ["bench", "nonsense"]])
 def test_bad_options_are_one_line(capsys, arguments):
     assert "--help" in refused(capsys, *arguments)
 
@@ -338,6 +340,75 @@ def test_bench_exits_1_when_the_gate_fails(capsys, monkeypatch):
 )
 def test_bench_refuses_bad_input(capsys, arguments, message):
     assert message in refused(capsys, "bench", "attention", *TINY, *arguments)
+
+
+# ----------------------------------------------------------------------------------------------------- bench scan
+
+
+@pytest.fixture
+def small_matmul(monkeypatch):
+    monkeypatch.setattr("anima_fast.bench.scan_measure.MATMUL_SIZES", (64,))
+
+
+def test_bench_scan_table(capsys, small_matmul):
+    code, out, err = run(capsys, "bench", "scan", *TINY_SCANS, "--backends", "torch", "--peers", "dense_64", "loop")
+    assert (code, err) == (0, "")
+    for op in OPS:
+        assert f"\n{op}, " in f"\n{out}"
+    assert out.count("  dense_64 ") == 2 and "of mm" in out and "not the machine's limit" in out
+    assert out.count("ssd_chunk_scan, H 4 P 8 N 16 G 2, L ") == 2
+
+
+def test_bench_scan_json(capsys, tmp_path, small_matmul):
+    one = ["--ops", "gated_delta_rule", "--backends", "torch", "--peers"]
+    code, out, _ = run(capsys, "bench", "scan", *TINY_SCANS, *one, "--no-final-state", "--json")
+    document = json.loads(out)
+    assert code == 0 and [c["length"] for c in document["cases"]] == [1, 70]
+    assert all(c["shape"]["groups"] == 2 and not c["final_state"] for c in document["cases"])
+    code, out, _ = run(capsys, "bench", "scan", *TINY_SCANS, *one, "--json", tmp_path / "out.json")
+    assert code == 0 and "warm ms" in out
+    assert len(json.loads((tmp_path / "out.json").read_text())["cases"]) == 2
+
+
+def test_bench_scan_linear(capsys, small_matmul):
+    code, out, _ = run(capsys, "bench", "scan", "--linear", *TINY_SCANS, "--backends", "torch", "--peers", "dense_64")
+    assert code == 0
+    table = out.partition("linear in L")[2].partition("\n\n")[0]
+    assert [line.split()[-8] for line in table.splitlines()[2:]] == ["1", "70"] * 3, table
+    assert "causal_conv1d" not in out
+
+
+def test_bench_scan_exits_1_when_the_gate_fails(capsys, monkeypatch, small_matmul):
+    from anima_fast.bench.scan_peers import Contender, Prepared
+
+    broken = Contender("broken", "peer", {"causal_conv1d": lambda p: Prepared(lambda: (torch.zeros_like(p.first),))})
+    monkeypatch.setattr("anima_fast.commands.bench_scan.peers", lambda: (broken,))
+    code, out, err = run(capsys, "bench", "scan", *TINY_SCANS, "--backends", "--lengths", "9")
+    assert code == 1
+    assert "broken: gate failed (error" in out
+    assert "failed the gate, not timed: broken" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--peers", "flash"], "--peers: got 'flash'; allowed: transformers_256"),
+        (["--backends", "triton"], "--backends: got 'triton'; allowed: cpu | cuda | torch | reference"),
+        (["--shapes", "mamba3"], "--shapes: got 'mamba3'; allowed: all | mamba2-2.7b"),
+        (["--shapes", "ssd:5,8,16,2"], "--shapes: got 'ssd:5,8,16,2'"),
+        (["--shapes", "ssd:4,8,512,2"], "N"),
+        (["--ops", "gated_delta_rule", "--shapes", "ssd:4,8,16,2"], "nothing to measure"),
+        (["--backends", "--peers"], "nothing to measure"),
+        (["--lengths", "0"], "allowed: a whole number >= 1"),
+        (["--ops", "scan"], "invalid choice"),
+        (["--device", "tpu9"], "--device: got 'tpu9'"),
+        (["--json", "/no/such/place/out.json"], "its directory does not exist"),
+        (["--linear", "--models"], "not allowed with"),
+        (["--models", "--shapes", "all"], "--shapes: got ['all']; allowed: nothing with --models"),
+    ],
+)
+def test_bench_scan_refuses_bad_input(capsys, arguments, message):
+    assert message in refused(capsys, "bench", "scan", "--rounds", "1", *arguments)
 
 
 # --------------------------------------------------------------------------------------------------------- warmup

@@ -1,26 +1,14 @@
-"""Measuring contenders on a case: first correct, then fast.
+"""Measuring contenders on an attention case: first correct, then fast (rounds.py).
 
-Each contender is prepared, called once (cold: loading and compiling included) and its result held to the error rule
-(anima_fast/reference/error_rule.py), where the oracle is the `reference` backend in fp64 on the *padded* problem, in
-which pads are ordinary rows: folding them is checked too. What fails is not timed. The others are timed in rounds, one
-call of each a round, so that all of them meet the same machine; the figure is the median of the rounds. Each call
-allocates its output anew.
-
-Peak extra memory is what a contender keeps between calls (masks, plans) plus the peak of torch's allocator during a
-call, less the output. On a CPU the peak comes from the profiler's record of every allocation.
+A result is held to the error rule (anima_fast/reference/error_rule.py), where the oracle is the `reference` backend in
+fp64 on the *padded* problem, in which pads are ordinary rows: folding them is checked too.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import datetime
-import gc
 import os
-import random
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -30,8 +18,8 @@ from ..bound_plan import PlanTensors
 from ..reference.error_rule import error_bound
 from ..reference.regional_attention import regional_attention as reference_attention
 from .cases import Problem
-from .machine import describe
 from .peers import Contender, Prepared
+from .rounds import Progress, Result, document, peak_bytes, run_rounds, timed
 
 __all__ = ["FORMAT", "Oracle", "Result", "measure", "peak_bytes", "report"]
 
@@ -39,45 +27,6 @@ FORMAT = "anima_fast.bench.attention/1"
 
 # Scores that the oracle forms, heads x queries x keys: a second or so in fp64. More queries than that are sampled.
 _ORACLE_SCORES = 2**27
-
-Progress = Callable[[str], None]
-
-
-@dataclasses.dataclass
-class Result:
-    """What came of one contender. Times in milliseconds; None where it did not come to that."""
-
-    name: str
-    kind: str
-    summary: str
-    status: str  # "measured" | "gate failed" | "not executed"
-    reason: str | None = None
-    error: float | None = None
-    bound: float | None = None
-    cold_ms: float | None = None
-    samples_ms: list[float] = dataclasses.field(default_factory=list)
-    peak_bytes: int | None = None
-    held_bytes: int | None = None
-
-    @property
-    def median_ms(self) -> float | None:
-        return statistics.median(self.samples_ms) if self.samples_ms else None
-
-    @property
-    def extra_bytes(self) -> int | None:
-        """Memory beyond q, k, v and the output."""
-        if self.peak_bytes is None or self.held_bytes is None:
-            return None
-        return self.peak_bytes + self.held_bytes
-
-    def as_dict(self, problem: Problem) -> dict[str, Any]:
-        extra = self.extra_bytes
-        return {
-            **dataclasses.asdict(self),
-            "median_ms": self.median_ms,
-            "extra_bytes": extra,
-            "share_of_padded_mask": None if extra is None else extra / problem.padded_mask_bytes,
-        }
 
 
 class Oracle:
@@ -153,7 +102,7 @@ def measure(
             if contender.regional not in oracles:
                 oracles[contender.regional] = Oracle(problem if contender.regional else problem.plain)
             prepared = contender.prepare(problem)
-            result.cold_ms, out = _timed(prepared.call, problem.q.device)
+            result.cold_ms, out = timed(prepared.call, problem.q.device)
             checked = oracles[contender.regional].check(out, problem, contender.nrmse)
             result.error, result.bound, result.reason = checked
             if result.reason is not None:
@@ -164,24 +113,16 @@ def measure(
             result.peak_bytes = peak_bytes(prepared.call, problem.q.device)
             result.status = "measured"
             running.append((result, prepared))
-        gc.collect()  # so that no collection falls into a timed call
-        shuffled = random.Random(0)
-        for number in range(rounds):
-            # In another order each round: what one leaves behind (caches, freed memory) must not always meet the same.
-            for result, prepared in shuffled.sample(running, len(running)):
-                progress(f"round {number + 1}: {result.name}")
-                result.samples_ms.append(_timed(prepared.call, problem.q.device)[0])
+        run_rounds([(result, _sampler(prepared, problem)) for result, prepared in running], rounds, progress)
     return results
 
 
 def report(measured: Sequence[tuple[dict[str, Any], Problem, list[Result]]], rounds: int) -> dict[str, Any]:
     """Everything that was measured, and on what, as plain data; each problem with a description of it."""
-    return {
-        "format": FORMAT,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": describe(),
-        "rounds": rounds,
-        "cases": [
+    return document(
+        FORMAT,
+        rounds,
+        cases=[
             {
                 "title": problem.title,
                 **description,
@@ -190,49 +131,20 @@ def report(measured: Sequence[tuple[dict[str, Any], Problem, list[Result]]], rou
                 "rows": problem.k.shape[2],
                 "prompts": len(problem.spans),
                 "padded_mask_bytes": problem.padded_mask_bytes,
-                "results": [result.as_dict(problem) for result in results],
+                "results": [_as_dict(result, problem) for result in results],
             }
             for description, problem, results in measured
         ],
-    }
+    )
 
 
-def _timed(call: Callable[[], torch.Tensor], device: torch.device) -> tuple[float, torch.Tensor]:
-    """Milliseconds of one call, and its result: the caller frees it, outside the time."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    out = call()
-    synchronize()
-    return 1e3 * (time.perf_counter() - start), out
+def _as_dict(result: Result, problem: Problem) -> dict[str, Any]:
+    extra = result.extra_bytes
+    return {**result.as_dict(), "share_of_padded_mask": None if extra is None else extra / problem.padded_mask_bytes}
 
 
-def peak_bytes(call: Callable[[], torch.Tensor], device: torch.device) -> int:
-    """Peak of torch's allocator during a call, beyond what was there before and the call's result.
-
-    On a CPU, memory that a library takes from the system itself (MKL's packing buffers) is not seen.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        out = call()
-        torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device) - before
-    else:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # some builds announce every start and stop on stderr
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-        ) as profiler:
-            out = call()
-        # The averaged views of the profiler fold allocations into the ops that made them and lose their order.
-        assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-        events = profiler.profiler.kineto_results.events()
-        live = peak = 0
-        for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-            live += event.nbytes()
-            peak = max(peak, live)
-    return max(0, peak - out.numel() * out.element_size())
+def _sampler(prepared: Prepared, problem: Problem) -> Callable[[], float]:
+    return lambda: timed(prepared.call, problem.q.device)[0]
 
 
 @contextlib.contextmanager

@@ -3,36 +3,57 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
 from ..bench.cases import MODES, Case, Problem
 from ..bench.measure import Result, measure, report
 from ..bench.peers import Contender, backends, peers
+from ..bench.rounds import Progress
 from ..errors import invalid
 from ..files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw", "measure_with_bar", "run", "table"]
+__all__ = [
+    "check_device",
+    "check_files",
+    "choose",
+    "draw",
+    "measure_with_bar",
+    "progress_bar",
+    "run",
+    "table",
+    "text_columns",
+    "write_report",
+]
 
 # The oracle itself is timed only if it is named: it materialises every score.
 _NOT_BY_DEFAULT = ("reference",)
 
 
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+Named = TypeVar("Named", bound=_Named)
+
+
 def run(options: argparse.Namespace) -> int:
     """Exit code 1 if a contender failed the gate."""
     contenders = [
-        *_chosen("--backends", backends(), options.backends, _NOT_BY_DEFAULT),
-        *_chosen("--peers", peers(), options.peers, ()),
+        *choose("--backends", backends(), options.backends, _NOT_BY_DEFAULT),
+        *choose("--peers", peers(), options.peers, ()),
     ]
     if not contenders:
         raise invalid("--backends, --peers", "nothing to measure", "at least one name")
@@ -48,14 +69,12 @@ def run(options: argparse.Namespace) -> int:
             heads=options.heads,
             head_dim=options.head_dim,
             dtype=options.dtype,
-            device=_device(options.device),
+            device=check_device(options.device),
         )
         for width, height in options.size or [(1024, 1024)]
         for mode in (MODES if options.mode == "all" else (options.mode,))
     ]
-    for name in (options.json, options.plot):
-        if name not in (None, "-") and not Path(name).resolve().parent.is_dir():
-            raise FileNotFoundError(f"{name}: its directory does not exist")
+    check_files(options.json, options.plot)
     if options.plot:
         _matplotlib()
     done = []
@@ -66,16 +85,7 @@ def run(options: argparse.Namespace) -> int:
         if options.json != "-":
             print(table(problem, results), end="\n\n", flush=True)
     document = report(done, options.rounds)
-    if options.json == "-":
-        print(json.dumps(document, indent=1))
-    elif options.json:
-        write_atomic(options.json, json.dumps(document, indent=1).encode())
-    if options.json != "-":
-        machine = document["machine"]
-        print(
-            f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, anima_fast "
-            f"{machine['anima_fast']} ({machine['commit'] or 'installed'}), median of {options.rounds} rounds"
-        )
+    write_report(document, options.json)
     if options.plot:
         draw(document, options.plot)
     failed = [result.name for _, _, results in done for result in results if result.status == "gate failed"]
@@ -84,24 +94,53 @@ def run(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def measure_with_bar(problem: Problem, contenders: Sequence[Contender], rounds: int) -> list[Result]:
-    """`measure` with a progress bar on a terminal."""
+def check_files(*names: str | None) -> None:
+    """That results can be written there, before they are measured."""
+    for name in names:
+        if name not in (None, "-") and not Path(name).resolve().parent.is_dir():
+            raise FileNotFoundError(f"{name}: its directory does not exist")
+
+
+def write_report(document: dict[str, Any], where: str | None) -> None:
+    """To a file, or for "-" to stdout; unless it is there, the machine's line follows the tables."""
+    if where == "-":
+        print(json.dumps(document, indent=1))
+        return
+    if where:
+        write_atomic(where, json.dumps(document, indent=1).encode())
+    machine = document["machine"]
+    print(
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, anima_fast "
+        f"{machine['anima_fast']} ({machine['commit'] or 'installed'}), median of {document['rounds']} rounds"
+    )
+
+
+@contextlib.contextmanager
+def progress_bar(title: str, total: int) -> Iterator[Progress]:
+    """A function that moves a bar on by one step, on a terminal."""
     from tqdm import tqdm
 
-    runs = sum(problem.mode in contender.modes for contender in contenders)
-    # Those that turn out not to run here leave the bar short of its end; it vanishes then.
-    with tqdm(total=runs * (1 + rounds), file=sys.stderr, disable=not sys.stderr.isatty(), leave=False) as bar:
+    with tqdm(total=total, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False) as bar:
 
         def progress(what: str) -> None:
-            bar.set_description(f"{problem.mode}, {what}")
+            bar.set_description(f"{title}, {what}")
             bar.update()
 
+        yield progress
+
+
+def measure_with_bar(problem: Problem, contenders: Sequence[Contender], rounds: int) -> list[Result]:
+    """`measure` with a progress bar on a terminal."""
+    runs = sum(problem.mode in contender.modes for contender in contenders)
+    # Those that turn out not to run here leave the bar short of its end; it vanishes then.
+    with progress_bar(problem.mode, runs * (1 + rounds)) as progress:
         return measure(problem, contenders, rounds, progress)
 
 
-def _chosen(
-    option: str, known: Iterable[Contender], names: list[str] | None, not_by_default: tuple[str, ...]
-) -> list[Contender]:
+def choose(
+    option: str, known: Iterable[Named], names: list[str] | None, not_by_default: tuple[str, ...]
+) -> list[Named]:
+    """Those that an option names, or all but some."""
     by_name = {contender.name: contender for contender in known}
     if names is None:
         return [c for name, c in by_name.items() if name not in not_by_default]
@@ -111,7 +150,7 @@ def _chosen(
     return [by_name[name] for name in dict.fromkeys(names)]
 
 
-def _device(name: str) -> str:
+def check_device(name: str) -> str:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
@@ -141,12 +180,17 @@ def table(problem: Problem, results: list[Result]) -> str:
                 f"{r.bound:.1e}",
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = [problem.title]
+    return "\n".join([problem.title, *text_columns(rows), *notes])
+
+
+def text_columns(rows: list[list[str]]) -> list[str]:
+    """Rows of text as lines: the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         lines.append("  " + "  ".join(cells))
-    return "\n".join([*lines, *notes])
+    return lines
 
 
 def _matplotlib() -> Any:
