@@ -47,3 +47,17 @@ def comfy():
         utils=comfy.utils,
         nodes=nodes,
     )
+
+
+@pytest.fixture(scope="session")
+def model(comfy):
+    import tiny_anima
+
+    return comfy.sd.load_diffusion_model_state_dict(tiny_anima.state_dict())
+
+
+@pytest.fixture(scope="session")
+def fast(comfy):
+    import anima_fast.integrations.comfyui as fast
+
+    return fast

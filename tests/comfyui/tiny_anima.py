@@ -9,9 +9,8 @@ CHANNELS = 256
 TEXT = 1024
 
 
-def state_dict(comfy_root_imported: bool = True, channels: int = CHANNELS, blocks: int = 10, seed: int = 0) -> dict:
+def state_dict(channels: int = CHANNELS, blocks: int = 10, seed: int = 0) -> dict:
     """Shapes come from ComfyUI's own class; values are random, small enough for a stable picture."""
-    assert comfy_root_imported
     import comfy.ldm.anima.model
     import comfy.ops
 
@@ -51,7 +50,7 @@ def state_dict(comfy_root_imported: bool = True, channels: int = CHANNELS, block
             weights[name] = torch.randn(shape, generator=generator) * fan**-0.5
     # Cross-attention must matter, or a comparison of pictures would not see it.
     for name in weights:
-        if name.endswith("cross_attn.q_norm.weight") or name.endswith("cross_attn.k_norm.weight"):
+        if name.endswith(("cross_attn.q_norm.weight", "cross_attn.k_norm.weight")):
             weights[name] = weights[name] * 2
     return weights
 

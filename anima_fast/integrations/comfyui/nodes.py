@@ -43,19 +43,26 @@ class AnimaFastRegion(io.ComfyNode):
             search_aliases=["regional prompt", "attention couple", "regional conditioning"],
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="The region's prompt, from CLIP Text Encode."),
-                io.Mask.Input("mask", tooltip="Where it counts: white yes, black no, grey in between. Any size, one mask."),
+                io.Mask.Input("mask", tooltip="Where it counts: white yes, black no, grey in part. Any size."),
                 io.Float.Input(
-                    "strength", default=1.0, min=0.0, max=10.0, step=0.05,
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.05,
                     tooltip="Multiplies the strength of Anima Regions for this region. 0: no limit to its place.",
                 ),
                 io.Int.Input(
-                    "priority", default=0, min=-100, max=100,
+                    "priority",
+                    default=0,
+                    min=-100,
+                    max=100,
                     tooltip="Where regions overlap, a higher priority takes the place; equal ones share it.",
                 ),
                 io.String.Input("name", default="region", tooltip="What messages and the preview call it."),
             ],
             outputs=[RegionType.Output(display_name="region")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, conditioning: Any, mask: Any, strength: float, priority: int, name: str) -> io.NodeOutput:
@@ -78,89 +85,151 @@ class AnimaFastRegions(io.ComfyNode):
                 io.Conditioning.Input("negative", tooltip="Passed through; it is never regional."),
                 _regions_input(),
                 io.Combo.Input(
-                    "combine", options=["logit", "blend"], default="logit",
-                    tooltip="logit: one attention over all prompts, each biased by its mask. blend: one attention a "
-                    "prompt, mixed by the masks, as Attention Couple does.",
+                    "combine",
+                    options=["logit", "blend"],
+                    default="logit",
+                    tooltip="logit: one attention over all prompts, each biased by its mask. blend: one "
+                    "attention a prompt, mixed by the masks, as Attention Couple does.",
                 ),
                 io.Combo.Input(
-                    "mode", options=["soft_log", "hard"], default="soft_log",
+                    "mode",
+                    options=["soft_log", "hard"],
+                    default="soft_log",
                     tooltip="soft_log: bias = strength x log(weight). hard: a prompt counts where its weight is above "
                     "one half and nowhere else.",
                 ),
                 io.Float.Input(
-                    "strength", default=0.35, min=0.0, max=2.0, step=0.01,
-                    tooltip="How strictly prompts keep to their masks. logit: 0 not at all, 0.2 to 0.5 is usual. blend: "
+                    "strength",
+                    default=0.35,
+                    min=0.0,
+                    max=2.0,
+                    step=0.01,
+                    tooltip="How strictly prompts keep to their masks. logit: 0 not at all, 0.2 to 0.5 usual. blend: "
                     "the regions' share, the base prompt gets the rest.",
                 ),
                 io.Float.Input(
-                    "start_percent", default=0.0, min=0.0, max=1.0, step=0.01,
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
                     tooltip="When regions begin to count, as a share of the sampling (0: from the first step).",
                 ),
                 io.Float.Input(
-                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01,
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
                     tooltip="When they cease to (1: never).",
                 ),
                 io.Combo.Input(
-                    "outside", options=["all", "base"], default="all", advanced=True,
-                    tooltip="Outside that window, and in blocks not listed: every prompt counts everywhere, or the base "
+                    "outside",
+                    options=["all", "base"],
+                    default="all",
+                    advanced=True,
+                    tooltip="Outside that window, and in blocks not listed: all prompts count everywhere, or the base "
                     "prompt alone.",
                 ),
                 io.Boolean.Input(
-                    "base_always_allowed", default=True, advanced=True,
+                    "base_always_allowed",
+                    default=True,
+                    advanced=True,
                     tooltip="logit: the base prompt counts everywhere.",
                 ),
                 io.Boolean.Input(
-                    "unmasked_to_base", default=True, advanced=True,
+                    "unmasked_to_base",
+                    default=True,
+                    advanced=True,
                     tooltip="logit: else, it counts where no region does.",
                 ),
                 io.Float.Input(
-                    "base_weight", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True,
+                    "base_weight",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
                     tooltip="blend: the base prompt's least share.",
                 ),
                 io.Boolean.Input(
-                    "normalize_overlaps", default=True, advanced=True,
+                    "normalize_overlaps",
+                    default=True,
+                    advanced=True,
                     tooltip="Where regions overlap, scale their weights to a sum of at most 1.",
                 ),
                 io.Float.Input(
-                    "eps", default=1e-4, min=1e-8, max=1.0, step=1e-4, round=False, advanced=True,
+                    "eps",
+                    default=1e-4,
+                    min=1e-8,
+                    max=1.0,
+                    step=1e-4,
+                    round=False,
+                    advanced=True,
                     tooltip="soft_log: the least weight, so that the logarithm is finite.",
                 ),
                 io.Float.Input(
-                    "hard_value", default=0.0, min=-200.0, max=0.0, step=1.0, advanced=True,
+                    "hard_value",
+                    default=0.0,
+                    min=-200.0,
+                    max=0.0,
+                    step=1.0,
+                    advanced=True,
                     tooltip="hard: the bias outside a region. 0: excluded altogether, which is also the fastest.",
                 ),
                 io.Combo.Input(
-                    "resample", options=["area", "bilinear", "nearest", "max"], default="area", advanced=True,
+                    "resample",
+                    options=["area", "bilinear", "nearest", "max"],
+                    default="area",
+                    advanced=True,
                     tooltip="How masks become weights of 16 x 16 pixel tokens.",
                 ),
                 io.Combo.Input(
-                    "pads", options=["fold", "strip"], default="fold", advanced=True,
+                    "pads",
+                    options=["fold", "strip"],
+                    default="fold",
+                    advanced=True,
                     tooltip="fold: every prompt keeps its padding, as in the plain model. strip: leave it out, which "
                     "changes the picture.",
                 ),
                 io.String.Input(
-                    "blocks", default="", advanced=True,
+                    "blocks",
+                    default="",
+                    advanced=True,
                     tooltip="Transformer blocks that see regions, such as 0-13, 20. Empty: all.",
                 ),
                 io.Int.Input(
-                    "canvas_width", default=0, min=0, max=65536, advanced=True,
+                    "canvas_width",
+                    default=0,
+                    min=0,
+                    max=65536,
+                    advanced=True,
                     tooltip="With canvas_height: the picture's shape that the masks are for. 0: the masks' own shape.",
                 ),
                 io.Int.Input("canvas_height", default=0, min=0, max=65536, advanced=True, tooltip="See canvas_width."),
                 io.Boolean.Input(
-                    "stretch_masks", default=False, advanced=True,
-                    tooltip="Serve pictures of another shape too, stretching the masks. Off: they are left alone, with a "
+                    "stretch_masks",
+                    default=False,
+                    advanced=True,
+                    tooltip="Serve pictures of another shape too, stretching masks. Off: those are left alone, with a "
                     "warning, since such a picture is often a tile.",
                 ),
                 *(
                     io.Float.Input(
-                        f"crop_{side}", default=default, min=0.0, max=1.0, step=0.001, advanced=True,
+                        f"crop_{side}",
+                        default=default,
+                        min=0.0,
+                        max=1.0,
+                        step=0.001,
+                        advanced=True,
                         tooltip="The part of the canvas that is sampled, as fractions: for tiles.",
                     )
                     for side, default in (("top", 0.0), ("left", 0.0), ("bottom", 1.0), ("right", 1.0))
                 ),
                 io.Boolean.Input(
-                    "debug", default=False, advanced=True,
+                    "debug",
+                    default=False,
+                    advanced=True,
                     tooltip="Log each block's first call: shapes, grid, prompts' rows and pads, bias, NaN and inf.",
                 ),
             ],
@@ -169,7 +238,7 @@ class AnimaFastRegions(io.ComfyNode):
                 io.Conditioning.Output(display_name="positive"),
                 io.Conditioning.Output(display_name="negative"),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
@@ -207,7 +276,7 @@ class AnimaFastAccelerate(io.ComfyNode):
             node_id="AnimaFastAccelerate",
             display_name="Anima Accelerate",
             category="model_patches/anima",
-            description="The same picture, faster: the padding of each prompt is folded into one number. Not needed after "
+            description="The same picture, faster: each prompt's padding is folded into one number. Not needed after "
             "Anima Regions, which does it too.",
             search_aliases=["speed up", "padding", "cross attention"],
             inputs=[
@@ -237,12 +306,15 @@ class AnimaFastRegionPreview(io.ComfyNode):
                 io.Int.Input("height", default=1024, min=16, max=16384, step=8, tooltip="Of the picture, in pixels."),
                 io.Boolean.Input("normalize_overlaps", default=True, tooltip="As in Anima Regions."),
                 io.Combo.Input(
-                    "resample", options=["area", "bilinear", "nearest", "max"], default="area", tooltip="As in Anima Regions."
+                    "resample",
+                    options=["area", "bilinear", "nearest", "max"],
+                    default="area",
+                    tooltip="As in Anima Regions.",
                 ),
             ],
             outputs=[io.Image.Output(display_name="grid"), io.Image.Output(display_name="weights")],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(

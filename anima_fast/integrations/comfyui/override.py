@@ -268,7 +268,9 @@ def couple_attention(
         raise invalid("k, v", f"{len(k)} and {len(v)} tensors", "as many of one as of the other, at least one")
     weights = weights.flatten(1)
     if weights.shape != (len(k), q.shape[-2]):
-        raise invalid("weights", f"shape {list(weights.shape)}", f"[{len(k)}, {q.shape[-2]}]: a weight a prompt and query")
+        raise invalid(
+            "weights", f"shape {list(weights.shape)}", f"[{len(k)}, {q.shape[-2]}]: a weight a prompt and query"
+        )
     rows = -2 if heads is None else 1
     lengths = tuple(x.shape[rows] for x in k)
     pads = (0,) * len(k) if pad_counts is None else tuple(pad_counts)

@@ -130,7 +130,9 @@ class Settings:
         if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
             raise invalid("crop", f"{self.crop}", "0 <= crop_top < crop_bottom <= 1, 0 <= crop_left < crop_right <= 1")
         if self.canvas is not None and not (self.canvas[0] > 0 and self.canvas[1] > 0):
-            raise invalid("canvas", f"{self.canvas[0]:g} x {self.canvas[1]:g}", "a width and a height above 0, or both 0")
+            raise invalid(
+                "canvas", f"{self.canvas[0]:g} x {self.canvas[1]:g}", "a width and a height above 0, or both 0"
+            )
 
     def plan(
         self,

@@ -1,7 +1,7 @@
-"""Regional conditioning in four plain steps, as anima-regional-comfy-nodes has it as four nodes; names and defaults map
-one to one: concatenate with ranges, masks to the token grid, bias, apply (`patching.apply_plan`).
+"""Regional conditioning in four plain steps, as anima-regional-comfy-nodes has it in four nodes, whose names and
+defaults map one to one: concatenate with ranges, masks to the token grid, bias, apply (`apply_plan`).
 
-Its prompts are concatenated before the adapter, so they see each other there, and the whole is padded to 512 rows, which
+Its prompts are concatenated before the adapter, so they see each other there, and the whole is padded to 512 rows that
 get the lowest bias. Anima Regions runs the adapter on each prompt by itself instead. Nothing here imports ComfyUI.
 """
 
@@ -113,7 +113,7 @@ def build_bias(
 
 
 class PlanHook(ModelHook):
-    """Step 4's hook: the text stays as it is, conditional rows are served by a plan, all others as in the stock model."""
+    """Step 4's hook: the text stays as it is, conditional rows are served by a plan, others as in the stock model."""
 
     def __init__(self, plan: BoundPlan, window: tuple[float, float]) -> None:
         super().__init__(window=window, title="Anima bias")
