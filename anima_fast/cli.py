@@ -95,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     regions.add_argument("--out", metavar="DIR", default="regions", help="where the pictures go (default: %(default)s)")
     _add_json(regions)
 
+    _add_generate(commands)
+
     bench = command(
         "bench",
         "measure every backend and every peer that is installed, each checked against fp64 before it is timed",
@@ -134,6 +136,56 @@ def _add_command(
     )
     parser.set_defaults(module=module)
     return parser
+
+
+def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
+    generate = _add_command(
+        commands,
+        "generate",
+        "generate",
+        "pictures with Anima by diffusers, with different prompts in different places",
+        "examples:\n"
+        '  anima-fast generate --prompt "a village street, evening" --region left.png="a red house" '
+        '--region right.png="a tree" --out street.png\n'
+        "  anima-fast generate --like street.png --seed 7 --out other.png\n"
+        '  anima-fast generate --prompt "oil painting" --image photo.jpg --strength 0.5 --out painting.png\n\n'
+        "A picture holds all that made it, masks and image included: --like makes it again, and options beside\n"
+        "--like change what they name. Sizes are multiples of 16.",
+    )
+    add = generate.add_argument
+    add("--model", metavar="DIR|NAME", help="in diffusers' form (default: circlestone-labs/Anima-Base-v1.0-Diffusers)")
+    add("--prompt", metavar="TEXT", help="what the whole picture shows: the base prompt of the regions")
+    add("--negative", metavar="TEXT", help="what it must not show (default: nothing)")
+    add("--region", action="append", metavar="MASK=TEXT", help="a mask image, white where TEXT counts; repeatable")
+    add("--region-strength", nargs="+", type=float, metavar="X", help="one for each region (default: 1)")
+    add(
+        "--region-priority",
+        nargs="+",
+        type=float,
+        metavar="X",
+        help="one for each region: higher ones take their pixels from lower ones (default: 0)",
+    )
+    add("--plan", nargs="+", metavar="NAME=X", help="keywords of RegionPlan.from_masks: mode=hard, combine=blend …")
+    add("--start", type=float, metavar="P", help="share of sampling where regions begin to act (default: 0)")
+    add("--end", type=float, metavar="P", help="and where they stop (default: 1)")
+    add("--outside", choices=("all", "base"), help="the prompts that count out of --start … --end (default: all)")
+    add("--base", action=argparse.BooleanOptionalAction, help="--prompt counts among the regions (default: yes)")
+    add("--size", type=_size, metavar="WxH", help="in pixels (default: 1024x1024; that of --image)")
+    add("--steps", type=_count, metavar="N", help="default: 30")
+    add(
+        "--guidance", type=float, metavar="X", help="default: 4; 1 is without a negative prompt, as turbo LoRAs want it"
+    )
+    add("--shift", type=float, metavar="X", help="of the noise schedule (default: the model's, 3)")
+    add("--seed", type=int, metavar="N", help="default: a new one, which is printed")
+    add("--batch", type=_count, metavar="N", help="pictures at once, of seeds N, N + 1 … (default: 1)")
+    add("--image", metavar="F", help="start from this picture and not from noise alone")
+    add("--strength", type=float, metavar="X", help="how much of --image is made anew, 0 to 1 (default: 0.6)")
+    add("--dtype", choices=tuple(DTYPES), help="default: bf16, on a CPU fp32")
+    add("--device", help="cpu, cuda, cuda:1, mps … (default: a GPU if there is one)")
+    add("--preview", type=_count, metavar="N", help="every N steps, show the first picture so far in OUT.preview.png")
+    add("--like", metavar="F.png", help="repeat the request of a picture made here")
+    add("--out", metavar="F.png", default="anima.png", help="default: %(default)s; a batch adds _2, _3 …")
+    _add_json(generate)
 
 
 def _add_bench_attention(ops: argparse._SubParsersAction[_Parser]) -> None:

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("diffusers", "0.42", reason="needs diffusers >= 0.42: pip install 'anima-fast[diffusers]'")
 pytest.importorskip("transformers", reason="needs transformers: pip install 'anima-fast[diffusers]'")
 
-import tiny_anima
+import tiny_pipeline
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.modular_pipelines.anima.encoders import AnimaTextEncoderStep
 
@@ -41,7 +41,7 @@ REGIONS = (Region(LEFT, "a red house"), Region(RIGHT, "green tree, 3 cats", stre
 
 @pytest.fixture(scope="module")
 def shared():
-    return tiny_anima.build()
+    return tiny_pipeline.build()
 
 
 @pytest.fixture
@@ -274,10 +274,10 @@ def test_batch(pipe, plan):
 
 
 def test_prompts_longer_than_the_padding(pipe):
-    long = "cat, tree, " * tiny_anima.ROWS
+    long = "cat, tree, " * tiny_pipeline.ROWS
 
     def run(p):
-        return sample(p, long, "dog, " * tiny_anima.ROWS)
+        return sample(p, long, "dog, " * tiny_pipeline.ROWS)
 
     got, expected, _ = both(pipe, [*REGIONS, Region(LEFT, long + "house")], run=run)
     assert relative(got, expected) < TOLERANCE
@@ -346,7 +346,7 @@ def test_percent_to_sigma():
 def test_lora_loaded_later(bias):
     """On the transformer and on the text conditioner, which the regions' texts must go through again."""
     peft = pytest.importorskip("peft", reason="needs peft: LoRA layers are its")
-    pipe = tiny_anima.build()
+    pipe = tiny_pipeline.build()
     with regional.enable(pipe, REGIONS) as enabled:
         without = sample(pipe)
         torch.manual_seed(3)
@@ -366,7 +366,7 @@ def test_lora_loaded_later(bias):
 
 def test_bfloat16(shared):
     """Not farther from fp32 than twice the reference in bf16 is."""
-    pipe = tiny_anima.build()
+    pipe = tiny_pipeline.build()
     exact, _, _ = both(pipe)
     pipe.to(torch.bfloat16)
     got, expected, _ = both(pipe)
@@ -388,7 +388,7 @@ def test_other_sizes_and_a_second_run(pipe):
 def test_padding_mask_channel():
     """As the real model has it: diffusers resizes the mask with torchvision."""
     pytest.importorskip("torchvision", reason="needs torchvision: diffusers resizes Anima's padding mask with it")
-    got, expected, _ = both(tiny_anima.build(concat_padding_mask=True))
+    got, expected, _ = both(tiny_pipeline.build(concat_padding_mask=True))
     assert relative(got, expected) < TOLERANCE
 
 
@@ -404,10 +404,10 @@ def test_what_is_not_served_is_left_to_diffusers(pipe, caplog):
     inputs = dict(
         hidden_states=torch.randn(1, 16, 1, 4, 6),
         timestep=torch.full((1,), 0.5),
-        encoder_hidden_states=torch.randn(1, tiny_anima.ROWS, 32),
+        encoder_hidden_states=torch.randn(1, tiny_pipeline.ROWS, 32),
         return_dict=False,
     )
-    masked = inputs | dict(attention_mask=torch.zeros(1, tiny_anima.ROWS))
+    masked = inputs | dict(attention_mask=torch.zeros(1, tiny_pipeline.ROWS))
     with_gradient = inputs | dict(hidden_states=inputs["hidden_states"].clone().requires_grad_())
     expected = [transformer(**masked)[0], transformer(**with_gradient)[0]]
     with regional.enable(pipe, REGIONS) as enabled, caplog.at_level(logging.WARNING):

@@ -1,0 +1,174 @@
+"""`anima-fast generate`: pictures by diffusers' Anima pipeline, with regional prompts and a record to repeat them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import secrets
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import invalid
+from ..runner.model import find, load, quiet
+from ..runner.request import (
+    DTYPES,
+    TOKEN,
+    Embedded,
+    Request,
+    RequestRegion,
+    generate,
+    plan_value,
+    preview,
+    read_record,
+    stretched,
+    write_png,
+)
+from .bench import check_device
+
+__all__ = ["read_request", "run"]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit code 1 if the model gives NaN."""
+    device = check_device(options.device or _default_device())
+    request = read_request(options, device)
+    out = Path(options.out)
+    if out.suffix.lower() != ".png":
+        raise invalid("--out", repr(options.out), "a file name that ends in .png")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"--out: the directory {str(out.parent)!r} does not exist")
+    request.check()
+    notes = stretched(request.regions, request.size)
+    started = time.perf_counter()
+    directory = find(request.model)
+    watch = _Watch(out.with_suffix(".preview.png"), options.preview)
+    watch.pipe = load(directory, dtype=DTYPES[request.dtype], device=device, after_step=watch)
+    loaded = time.perf_counter()
+    with warnings.catch_warnings(record=True) as caught, quiet(), watch:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            images, enabled = generate(watch.pipe, request)
+        except FloatingPointError as error:
+            print(f"anima-fast generate: {error}; try --dtype bf16 or fp32", file=sys.stderr)
+            return 1
+    notes += [str(w.message) for w in caught if str(w.message).startswith("regions[")]
+    if request.regions and not enabled.served["regions"]:
+        notes.append(f"no step fell between --start {request.start:g} and --end {request.end:g}: no region acted")
+    notes += [f"cross-attention was left to diffusers: {reason}" for reason in enabled.declined]
+    files = [out if i == 0 else out.with_name(f"{out.stem}_{i + 1}{out.suffix}") for i in range(request.batch)]
+    for image, file in zip(images, files, strict=True):
+        write_png(image, file, request)
+    done = time.perf_counter()
+    report: dict[str, Any] = {
+        "files": [str(file) for file in files],
+        "seed": request.seed,
+        "size": list(request.size),
+        "model": request.model,
+        "device": device,
+        "dtype": request.dtype,
+        "load_seconds": round(loaded - started, 3),
+        "seconds": round(done - loaded, 3),
+        "cross_attention_calls": dict(enabled.served),
+        "warnings": notes,
+    }
+    if options.json:
+        print(json.dumps(report, indent=1))
+        return 0
+    steps = watch.steps
+    print(
+        f"{', '.join(report['files'])}: {request.size[0]} x {request.size[1]}, seed {request.seed}, {steps} steps in "
+        f"{report['seconds']:.1f} s ({device}, {request.dtype}; model loaded in {report['load_seconds']:.1f} s)"
+    )
+    for note in notes:
+        print(f"anima-fast generate: warning: {note}", file=sys.stderr)
+    return 0
+
+
+def read_request(options: argparse.Namespace, device: str) -> Request:
+    """The options over the record of `--like` over the defaults. Nothing is checked that `Request.check` checks."""
+    like = read_record(options.like) if options.like else None
+    if like is None and options.prompt is None:
+        raise invalid("--prompt", "nothing", "a text, or --like with a picture made here")
+    given: dict[str, Any] = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(Request)
+        if getattr(options, field.name, None) is not None and field.name not in ("regions", "image", "plan")
+    }
+    if options.region:
+        given["regions"] = _regions(options)
+    elif options.region_strength or options.region_priority:
+        raise invalid("--region-strength, --region-priority", "numbers without --region", "one for each --region")
+    if options.image is not None:
+        given["image"] = Embedded.read(options.image, "--image")
+        if options.size is None:
+            size = given["image"].image("--image").size
+            given["size"] = tuple(max(TOKEN, n // TOKEN * TOKEN) for n in size)
+    if options.plan:
+        plan = dict(like.plan) if like else {}
+        for text in options.plan:
+            name, equals, value = text.partition("=")
+            if not equals:
+                raise invalid("--plan", repr(text), "NAME=VALUE, such as mode=hard")
+            plan[name] = plan_value(name, value)
+        given["plan"] = plan
+    if like is not None:
+        return dataclasses.replace(like, **given)
+    given.setdefault("seed", secrets.randbelow(2**32))
+    given.setdefault("dtype", "fp32" if torch.device(device).type == "cpu" else "bf16")
+    return Request(**given)
+
+
+def _regions(options: argparse.Namespace) -> tuple[RequestRegion, ...]:
+    count = len(options.region)
+    values = {}
+    for name, default in (("strength", 1.0), ("priority", 0.0)):
+        numbers = getattr(options, f"region_{name}") or [default] * count
+        if len(numbers) != count:
+            raise invalid(f"--region-{name}", f"{len(numbers)} numbers for {count} regions", "one for each --region")
+        values[name] = numbers
+    regions = []
+    for i, text in enumerate(options.region):
+        cuts = [position for position, letter in enumerate(text) if letter == "="]
+        if not cuts:
+            raise invalid("--region", repr(text), 'MASK=PROMPT, such as left.png="a red house"')
+        cut = next((position for position in cuts if Path(text[:position]).is_file()), cuts[0])
+        mask = Embedded.read(text[:cut], "--region")
+        regions.append(RequestRegion(mask, text[cut + 1 :], values["strength"][i], values["priority"][i]))
+    return tuple(regions)
+
+
+def _default_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+class _Watch(contextlib.AbstractContextManager["_Watch"]):
+    """After each step: the progress bar on a terminal, and every `every` steps the preview."""
+
+    def __init__(self, preview_path: Path, every: int | None) -> None:
+        self.path, self.every = preview_path, every
+        self.pipe: Any = None
+        self.steps = 0
+        self.bar: Any = None
+
+    def __call__(self, done: int, total: int, block_state: Any) -> None:
+        from tqdm import tqdm
+
+        if self.bar is None:
+            self.bar = tqdm(total=total, desc="sampling", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False)
+        self.steps = done
+        if self.every and done % self.every == 0 and done < total:
+            write_png(preview(self.pipe, block_state), self.path)
+        self.bar.update()
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
