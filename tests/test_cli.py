@@ -68,7 +68,7 @@ def region_file(folder, **changes):
 # ------------------------------------------------------------------------------------------------------------ all
 
 
-@pytest.mark.parametrize("command", ["info", "regions", "bench", "bench attention", "bench scan", "warmup"])
+@pytest.mark.parametrize("command", ["info", "regions", "generate", "bench", "bench attention", "bench scan", "warmup"])
 def test_help_has_an_example(capsys, command):
     with pytest.raises(SystemExit) as stopped:
         main([*command.split(), "--help"])
