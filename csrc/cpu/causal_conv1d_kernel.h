@@ -142,12 +142,59 @@ static void conv_typed(const CausalConv1d& call, int threads) {
       for (int64_t c = 0; c < call.channels; ++c) conv.final_states(b, c);
 }
 
+// The decoding step of the models: W = 4, one token, a contiguous state of kSize = 3 or 4 tokens. With these strides the
+// compiler turns the loops over channels into vector loads and shuffles.
+template <class Io, int kSize>
+static void update_one_token(const CausalConv1dUpdate& call, int64_t b, int64_t slot, int64_t first, int64_t end) {
+  typedef typename Io::Type T;
+  const T* const x = static_cast<const T*>(call.x.data) + b * call.x.stride[0];
+  const T* const weight = static_cast<const T*>(call.weight.data);
+  T* const out = static_cast<T*>(call.out.data) + b * call.out.stride[0];
+  T* const state = static_cast<T*>(call.conv_state.data) + slot * call.conv_state.stride[0];
+  for (int64_t c0 = first; c0 < end; c0 += kWidth) {
+    const T* const taps = weight + 4 * c0;
+    T* const past = state + kSize * c0;
+    float sums[kWidth], bias[kWidth];
+    for (int i = 0; i < kWidth; ++i)
+      sums[i] = Io::widen(taps[4 * i]) * Io::widen(past[kSize * i + kSize - 3]) +
+                Io::widen(taps[4 * i + 1]) * Io::widen(past[kSize * i + kSize - 2]) +
+                Io::widen(taps[4 * i + 2]) * Io::widen(past[kSize * i + kSize - 1]) +
+                Io::widen(taps[4 * i + 3]) * Io::widen(x[c0 + i]);
+    for (int i = 0; i < kWidth; ++i) {
+      for (int j = 0; j + 1 < kSize; ++j) past[kSize * i + j] = past[kSize * i + j + 1];
+      past[kSize * i + kSize - 1] = x[c0 + i];
+    }
+    Vec sum = load(sums);
+    if (call.bias.data) {
+      for (int i = 0; i < kWidth; ++i) bias[i] = widen(call.bias, (c0 + i) * call.bias.stride[0]);
+      sum = sum + load(bias);
+    }
+    Io::store(out + c0, call.silu ? silu(sum) : sum);
+  }
+}
+
+// How many of the channels [first, end) update_one_token has served.
+template <class Io>
+static int64_t serve_one_token(const CausalConv1dUpdate& call, int64_t b, int64_t slot, int64_t first, int64_t end) {
+  const int64_t size = call.state_length, served = (end - first) / kWidth * kWidth;
+  const auto contiguous = [](const Tensor& x, int64_t axis, int64_t inner) {
+    return x.stride[axis] == inner && (inner == 1 || x.stride[axis + 1] == 1);
+  };
+  const bool fits = call.width == 4 && call.length == 1 && !call.cache_seqlens && slot >= 0 && slot < call.slots &&
+                    (size == 3 || size == 4) && call.weight.dtype == call.x.dtype && contiguous(call.weight, 0, 4) &&
+                    contiguous(call.conv_state, 1, size) && contiguous(call.x, 1, 1) && contiguous(call.out, 1, 1);
+  if (!fits) return 0;
+  (size == 3 ? update_one_token<Io, 3> : update_one_token<Io, 4>)(call, b, slot, first, first + served);
+  return served;
+}
+
 // Channels [first, end) of row b, as many at a time as a vector has lanes.
 template <class Io>
 static void update_channels(const CausalConv1dUpdate& call, int64_t b, int64_t first, int64_t end) {
   typedef typename Io::Type T;
   const int64_t slot = call.state_indices ? call.state_indices[b] : b, width = call.width, size = call.state_length;
   const bool served = slot >= 0 && slot < call.slots;
+  first += serve_one_token<Io>(call, b, slot, first, end);
   const int64_t step = call.conv_state.stride[2], x_step = call.x.stride[2], out_step = call.out.stride[2];
   // Token t, counted from the first of x, has place (start + t) mod size.
   const int64_t start = call.cache_seqlens ? call.cache_seqlens[b] : size;
@@ -209,7 +256,7 @@ void causal_conv1d(const CausalConv1d& call, int threads) {
 }
 
 void causal_conv1d_update(const CausalConv1dUpdate& call, int threads) {
-  const int64_t strip = 512, strips = (call.channels + strip - 1) / strip;
+  const int64_t strip = 1024, strips = (call.channels + strip - 1) / strip;
   parallel_for(call.batch * strips, threads, [&](int64_t item, int) {
     const int64_t b = item / strips, first = item % strips * strip;
     const int64_t end = first + strip < call.channels ? first + strip : call.channels;

@@ -275,8 +275,8 @@ void conv(int threads, Isa isa) {
 
 void conv_update(int threads, Isa isa) {
   CausalConv1dUpdate c{};
-  c.batch = between(1, 2), c.channels = between(1, 600), c.length = between(1, 5), c.width = between(1, 4);
-  c.state_length = c.width + between(0, 3), c.slots = c.batch;
+  c.batch = between(1, 2), c.channels = between(1, 1100), c.length = chance() ? 1 : between(1, 5), c.width = between(1, 4);
+  c.state_length = std::max<int64_t>(1, c.width - 1 + between(0, 2)), c.slots = c.batch;
   const int64_t b_ = c.batch, c_ = c.channels, l = c.length, w_ = c.width, s_ = c.state_length;
   const DType type = DType::kFloat32;
   allowed = allowed_for(type);
