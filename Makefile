@@ -37,6 +37,7 @@ test-install: $(VENV)/.extension ## Every way to install, and one wheel under tw
 
 bench: $(VENV)/.extension ## Measure every backend and every peer that is installed
 	$(BIN)/anima-fast bench attention
+	$(BIN)/anima-fast bench scan
 
 lint: $(VENV)/.installed ## Lint, formatting and types
 	$(BIN)/ruff check .
