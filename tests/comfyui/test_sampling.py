@@ -172,6 +172,29 @@ def test_lora(comfy, model, fast):
     assert (out - sample(comfy, fast.apply_regions(model, chosen, settings))).abs().max() > 0.01
 
 
+def test_control(comfy, model, fast, tmp_path):
+    """Anima LLLite by core's own nodes, which patch what goes into self- and cross-attention."""
+    import comfy_extras.nodes_model_patch as control
+    import folder_paths
+    from safetensors.torch import save_file
+
+    save_file(tiny_anima.lllite_state_dict(), tmp_path / "tiny_lllite.safetensors")
+    folder_paths.add_model_folder_path("model_patches", str(tmp_path))
+    patch = control.ModelPatchLoader().load_model_patch("tiny_lllite.safetensors")[0]
+    picture = torch.rand(1, 128, 192, 3, generator=torch.Generator().manual_seed(2))
+
+    def controlled(model):
+        return control.AnimaLLLiteApply().apply_patch(model, patch, picture, 1.0, 0.0, 1.0)[0]
+
+    settings, chosen = fast.Settings(), regions(fast)
+    expected = sample(comfy, apply_masked(comfy, controlled(model), chosen, settings)[0])
+    before = sample(comfy, fast.apply_regions(controlled(model), chosen, settings))
+    after = sample(comfy, controlled(fast.apply_regions(model, chosen, settings)))
+    assert_close(before, expected)
+    assert_close(after, expected)
+    assert (before - sample(comfy, fast.apply_regions(model, chosen, settings))).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn"])
 def test_types(comfy, fast, dtype, caplog):
     caplog.set_level(logging.INFO, "anima_fast.comfyui")

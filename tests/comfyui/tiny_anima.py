@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 #: Not 2048 or 5120, so that the loader takes its defaults: ten blocks, sixteen heads.
@@ -63,3 +65,30 @@ def conditioning(tokens: int, seed: int, text: int = TEXT) -> list:
     weights = torch.ones(tokens)
     weights[:2] = 1.2
     return [[embeds, {"pooled_output": None, "t5xxl_ids": ids, "t5xxl_weights": weights}]]
+
+
+def lllite_state_dict(channels: int = CHANNELS, blocks: tuple[int, ...] = (0, 4)) -> dict:
+    """A control model of ComfyUI's Anima LLLite format, random, for some blocks' attention and MLP."""
+    generator = torch.Generator().manual_seed(7)
+    half, width, emb, mid = 8, 16, 8, 4
+    shapes = {
+        "conv1": (half, 3, 4, 4),
+        "conv2": (half, half, 3, 3),
+        "conv3": (width, half, 4, 4),
+        "proj": (emb, width, 1, 1),
+    }
+    shapes |= {"norm1": (half,), "norm2": (half,), "norm3": (width,), "out_norm": (emb,)}
+    shapes = {f"lllite_conditioning1.{name}": shape for name, shape in shapes.items()}
+    for block in blocks:
+        for target in ("self_attn_q_proj", "self_attn_k_proj", "cross_attn_q_proj", "mlp_layer1"):
+            name = f"lllite_dit_blocks_{block}_{target}"
+            shapes |= {f"{name}.down": (mid, channels), f"{name}.mid": (mid, mid + emb)}
+            shapes |= {f"{name}.cond_to_film": (2 * mid, emb), f"{name}.up": (channels, mid)}
+    weights = {}
+    for name, shape in shapes.items():
+        scale = 1 if len(shape) == 1 else math.prod(shape[1:]) ** -0.5
+        weights[f"{name}.weight"] = torch.randn(shape, generator=generator) * scale
+        weights[f"{name}.bias"] = torch.zeros(shape[0])
+        if name.endswith(".down"):
+            weights[name.replace(".down", ".depth_embed")] = torch.randn(emb, generator=generator)
+    return weights

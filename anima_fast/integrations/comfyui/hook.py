@@ -68,7 +68,7 @@ class ModelHook:
             return executor(x, timesteps, context, *args, **kwargs)
         override = self._override(model, x, context, options, active)
         kwargs["transformer_options"] = override.install(options)
-        return executor(x, timesteps, override._context, *args, **kwargs)
+        return executor(x, timesteps, override.context, *args, **kwargs)
 
     def cleanup(self, *_: Any) -> None:
         """A CallbacksMP.ON_CLEANUP callback: says how the run went and forgets it."""

@@ -56,7 +56,7 @@ class CrossAttention:
             report: called for each cross-attention call with its block, and the reason where it was declined.
             debug: called for each served call with block, q, k, output, plan.
         """
-        self._plan_of, self._context, self._layouts = plan_of, context, layouts
+        self._plan_of, self.context, self._layouts = plan_of, context, layouts
         self._padded_rows, self._report, self._debug = padded_rows, report, debug
         self._previous: Callable[..., torch.Tensor] | None = None
         self._cross = False
@@ -80,7 +80,7 @@ class CrossAttention:
     ) -> dict[str, Any]:
         self._expire()
         self._cross, self._block = True, extra_options.get("block_index", 0)
-        self._foreign_text = k.shape != self._context.shape or v.shape != self._context.shape
+        self._foreign_text = k.shape != self.context.shape or v.shape != self.context.shape
         return {}
 
     def _expire(self) -> None:
@@ -104,7 +104,7 @@ class CrossAttention:
             if self._debug is not None:
                 self._debug(self._block, q, k, out, plan)
             return out
-        if not self._foreign_text and k.shape[-2] == self._context.shape[1]:
+        if not self._foreign_text and k.shape[-2] == self.context.shape[1]:
             k, v = self._stock(k), self._stock(v)
         return attend(q, k, v, heads, *args, **kwargs)
 
@@ -124,8 +124,8 @@ class CrossAttention:
             return "the call comes with an attention mask"
         if q.shape[-2] != plan.queries:
             return f"{q.shape[-2]} queries where the picture has {plan.queries} tokens"
-        if k.shape[-2] != self._context.shape[1] or q.shape[0] != len(self._layouts):
-            return f"{q.shape[0]} x {k.shape[-2]} text rows where {list(self._context.shape[:2])} were given"
+        if k.shape[-2] != self.context.shape[1] or q.shape[0] != len(self._layouts):
+            return f"{q.shape[0]} x {k.shape[-2]} text rows where {list(self.context.shape[:2])} were given"
         return _why_not_tensors(q, k, v, heads, kwargs)
 
     def _stock(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,201 @@
+"""A headless ComfyUI server with this repository in custom_nodes: nodes listed, a workflow finished, errors said."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import tiny_anima
+
+ROOT = Path(__file__).parents[2]
+CHECKOUT = os.environ.get("ANIMA_FAST_COMFYUI", "")
+
+# A text encoder would be 1.2 GB of random numbers: the test brings a node with what one would say.
+PROMPTS = """
+import sys
+sys.path.append({here!r})
+import tiny_anima
+
+class TinyPrompt:
+    INPUT_TYPES = classmethod(lambda cls: {{"required": {{"tokens": ("INT",), "seed": ("INT",), "entries": ("INT",)}}}})
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    def make(self, tokens, seed, entries):
+        return (tiny_anima.conditioning(tokens, seed) * entries,)
+
+NODE_CLASS_MAPPINGS = {{"TinyPrompt": TinyPrompt}}
+"""
+
+
+@pytest.fixture(scope="module")
+def server(comfy, tmp_path_factory):
+    from safetensors.torch import save_file
+
+    base = tmp_path_factory.mktemp("comfyui")
+    models, custom = base / "models" / "diffusion_models", base / "custom_nodes"
+    models.mkdir(parents=True)
+    custom.mkdir()
+    save_file(tiny_anima.state_dict(), models / "tiny.safetensors")
+    (custom / "anima_fast").symlink_to(ROOT, target_is_directory=True)
+    (custom / "tiny_prompt.py").write_text(PROMPTS.format(here=str(Path(__file__).parent)))
+    page = base / "page"
+    page.mkdir()
+    (page / "index.html").write_text("<html></html>")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port)]
+    command += ["--base-directory", str(base), "--front-end-root", str(page), "--disable-api-nodes"]
+    command += ["--database-url", "sqlite:///:memory:"]
+    with (base / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, cwd=CHECKOUT, stdout=log, stderr=subprocess.STDOUT)
+    server = Server(f"http://127.0.0.1:{port}", base / "log.txt")
+    try:
+        for _ in range(240):
+            assert process.poll() is None, f"the server ended:\n{server.log()}"
+            try:
+                server.get("/system_stats")
+                break
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.5)
+        else:
+            pytest.fail(f"the server did not come up:\n{server.log()}")
+        yield server
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+class Server:
+    def __init__(self, address, log):
+        self._address, self._log = address, log
+
+    def log(self):
+        return self._log.read_text()
+
+    def get(self, path):
+        with urllib.request.urlopen(self._address + path, timeout=20) as answer:
+            return json.load(answer)
+
+    def queue(self, prompt):
+        """The history entry of a finished workflow."""
+        body = json.dumps({"prompt": prompt}).encode()
+        request = urllib.request.Request(self._address + "/prompt", body, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=20) as answer:
+                number = json.load(answer)["prompt_id"]
+        except urllib.error.HTTPError as error:
+            pytest.fail(f"not accepted: {error.read().decode()}")
+        for _ in range(480):
+            history = self.get(f"/history/{number}")
+            if number in history:
+                return history[number]
+            time.sleep(0.25)
+        return pytest.fail(f"not finished:\n{self.log()}")
+
+
+def settings_of(server, node):
+    """Every widget of a node at its default, as the front end would send it."""
+    inputs = server.get(f"/object_info/{node}")[node]["input"]
+    return {
+        name: options["default"]
+        for group in inputs.values()
+        for name, (_, options) in ((n, (*spec, {})[:2]) for n, spec in group.items())
+        if "default" in options
+    }
+
+
+def node(kind, **inputs):
+    return {"class_type": kind, "inputs": inputs}
+
+
+def workflow(server, *, entries=1, **settings):
+    nodes = {
+        "model": node("UNETLoader", unet_name="tiny.safetensors", weight_dtype="default"),
+        "base": node("TinyPrompt", tokens=20, seed=1, entries=1),
+        "negative": node("TinyPrompt", tokens=9, seed=2, entries=1),
+        "one": node("TinyPrompt", tokens=12, seed=3, entries=entries),
+        "two": node("TinyPrompt", tokens=15, seed=4, entries=1),
+        "half": node("SolidMask", value=1.0, width=96, height=128),
+        "black": node("SolidMask", value=0.0, width=192, height=128),
+    }
+    place = {"destination": ["black", 0], "source": ["half", 0], "y": 0, "operation": "add"}
+    plain = {"strength": 1.0, "priority": 0}
+    for side, prompt, x in (("left", "one", 0), ("right", "two", 96)):
+        nodes[f"mask of {side}"] = node("MaskComposite", x=x, **place)
+        mask = [f"mask of {side}", 0]
+        nodes[side] = node("AnimaFastRegion", conditioning=[prompt, 0], mask=mask, name=side, **plain)
+    both = {"regions.region0": ["left", 0], "regions.region1": ["right", 0]}
+    links = {"model": ["model", 0], "base": ["base", 0], "negative": ["negative", 0], **both}
+    nodes["regions"] = node("AnimaFastRegions", **{**settings_of(server, "AnimaFastRegions"), **links, **settings})
+    nodes["latent"] = node("EmptyLatentImage", width=192, height=128, batch_size=1)
+    links = {"model": ["regions", 0], "positive": ["regions", 1], "negative": ["regions", 2]}
+    run = {"seed": 1, "steps": 2, "cfg": 4.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    nodes["sampler"] = node("KSampler", latent_image=["latent", 0], **links, **run)
+    nodes["save"] = node("SaveLatent", samples=["sampler", 0], filename_prefix="regions")
+    size = {"width": 192, "height": 128}
+    nodes["preview"] = node("AnimaFastRegionPreview", normalize_overlaps=True, resample="area", **both, **size)
+    return nodes
+
+
+def test_object_info_lists_the_nodes(server):
+    info = server.get("/object_info")
+    for name in ("AnimaFastRegion", "AnimaFastRegions", "AnimaFastAccelerate", "AnimaFastRegionPreview"):
+        inputs = {**info[name]["input"]["required"], **info[name]["input"].get("optional", {})}
+        silent = [key for key, spec in inputs.items() if not spec[1].get("tooltip")]
+        assert not silent, f"{name}: no tooltip for {silent}"
+    assert info["AnimaFastRegions"]["output"] == ["MODEL", "CONDITIONING", "CONDITIONING"]
+
+
+def test_a_workflow_with_regions_finishes(server):
+    done = server.queue(workflow(server, debug=True))
+    assert done["status"]["status_str"] == "success", done["status"]
+    assert done["outputs"]["save"]["latents"] and done["outputs"]["preview"]["images"]
+    log = server.log()
+    assert "Anima Regions: served 20 of 20 cross-attention calls." in log
+    assert "Anima Regions: block 0, q [2, 16, 96, 16]" in log
+
+
+def test_accelerate(server):
+    prompt = workflow(server)
+    prompt["regions"] = node("AnimaFastAccelerate", model=["model", 0], debug=False)
+    prompt["sampler"]["inputs"].update(positive=["base", 0], negative=["negative", 0])
+    assert server.queue(prompt)["status"]["status_str"] == "success"
+    assert "Anima Accelerate: served 20 of 20" in server.log()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"entries": 2}, "left: conditioning: got a CONDITIONING with 2 entries"),
+        ({"blocks": "3-1"}, "blocks: got '3-1'; allowed: numbers and ranges"),
+        ({"blocks": "9-12"}, "blocks: got [9, 10, 11, 12]; allowed: numbers from 0 to 9, as this model has"),
+        ({"start_percent": 0.8, "end_percent": 0.4}, "start_percent, end_percent: got 0.8 and 0.4"),
+        ({"canvas_width": 512}, "canvas: got 512 x 0"),
+        ({"crop_left": 1.0}, "crop: got"),
+    ],
+)
+def test_bad_input_is_said_in_the_front_end(server, change, message):
+    prompt = workflow(server, **change)
+    del prompt["preview"]
+    status = server.queue(prompt)["status"]
+    assert status["status_str"] == "error"
+    (error,) = [content for kind, content in status["messages"] if kind == "execution_error"]
+    assert message in error["exception_message"]
+
+
+def test_a_model_that_is_not_anima(server):
+    from anima_fast.integrations.comfyui.patching import accelerate
+
+    with pytest.raises(ValueError, match="allowed: an Anima model .Load Diffusion Model"):
+        accelerate(object())
