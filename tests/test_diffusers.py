@@ -297,11 +297,16 @@ def test_image_to_image(pipe):
 
 
 def test_guidance_off_and_other_guiders(pipe):
+    from diffusers import AdaptiveProjectedGuidance
+
     guider = pipe.guider
     try:
         pipe.update_components(guider=guider.new(guidance_scale=1.0))
         got, expected, served = both(pipe)
         assert relative(got, expected) < TOLERANCE and served.keys() == {"regions"}
+        pipe.update_components(guider=AdaptiveProjectedGuidance(guidance_scale=3.0))
+        got, expected, served = both(pipe)
+        assert relative(got, expected) < TOLERANCE and served["regions"] == served["plain"]
     finally:
         pipe.update_components(guider=guider)
 
@@ -452,6 +457,7 @@ def test_a_long_prompt_is_named(pipe):
     ],
 )
 def test_bad_arguments_are_named(pipe, arguments, message):
+    regional.enable(pipe)
     before = pipe.transformer.transformer_blocks[0].attn2.processor
     with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
         regional.enable(pipe, **({"regions": REGIONS} | arguments))
@@ -459,16 +465,20 @@ def test_bad_arguments_are_named(pipe, arguments, message):
 
 
 def test_bad_pipelines_are_named(pipe):
-    from diffusers import AnimaAutoBlocks, FlowMatchEulerDiscreteScheduler
+    from diffusers import AnimaAutoBlocks, FlowMatchEulerDiscreteScheduler, TangentialClassifierFreeGuidance
 
     with pytest.raises(TypeError, match="pipe: got Linear; allowed: an AnimaModularPipeline"):
         regional.enable(torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="pipe: got AnimaModularPipeline without transformer, .*load_components"):
         regional.enable(AnimaAutoBlocks().init_pipeline())
-    scheduler = pipe.scheduler
+    scheduler, guider = pipe.scheduler, pipe.guider
     try:
+        pipe.update_components(guider=TangentialClassifierFreeGuidance())
+        with pytest.raises(ValueError, match="pipe: got the guider TangentialClassifierFreeGuidance"):
+            regional.enable(pipe, REGIONS)
+        pipe.update_components(guider=guider)
         pipe.update_components(scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
         with pytest.raises(ValueError, match="a scheduler whose shift depends on the picture's size"):
             regional.enable(pipe, REGIONS, end_percent=0.5)
     finally:
-        pipe.update_components(scheduler=scheduler)
+        pipe.update_components(scheduler=scheduler, guider=guider)

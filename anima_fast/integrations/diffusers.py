@@ -172,7 +172,6 @@ def enable(
     if strength is None:
         soft = plan.get("mode", "soft_log") == "soft_log" and plan.get("combine", "logit") == "logit"
         strength = 0.35 if soft else 1.0
-    disable(pipe)
     state = _State(
         pipe=weakref.ref(pipe),
         regions=_read_regions(regions),
@@ -186,6 +185,7 @@ def enable(
     with torch.no_grad():
         state.encode(pipe, max_sequence_length)
         state.condition(pipe)
+    disable(pipe)  # only now: what is refused leaves everything as it was
     state.install(pipe)
     return Enabled(pipe, state)
 
@@ -489,6 +489,8 @@ def _check_pipe(pipe: Any) -> None:
     missing = [name for name in _COMPONENTS if getattr(pipe, name, None) is None]
     if missing:
         raise invalid("pipe", f"{type(pipe).__name__} without {', '.join(missing)}", "one after pipe.load_components()")
+    if not hasattr(pipe.guider, "is_conditional"):  # diffusers' tangential guidance fails to say
+        raise invalid("pipe", f"the guider {type(pipe.guider).__name__}", "one that knows its conditional call")
     config = pipe.transformer.config
     name = type(pipe.transformer).__name__
     if name != "CosmosTransformer3DModel" or config.use_crossattn_projection or config.img_context_dim_in:

@@ -192,8 +192,7 @@ def generate(pipe: Any, request: Request) -> tuple[list[Any], Enabled]:
 
     Raises FloatingPointError when the model gives NaN.
     """
-    if request.shift is not None:
-        pipe.scheduler.set_shift(request.shift)
+    pipe.scheduler.set_shift(pipe.scheduler.config.shift if request.shift is None else request.shift)
     pipe.update_components(guider=pipe.guider.new(guidance_scale=request.guidance))
     width, height = request.size
     arguments: dict[str, Any] = {}
