@@ -84,9 +84,9 @@ def _parser() -> argparse.ArgumentParser:
         "regions",
         "pictures and figures of how masks land on the model's tokens, and the plan as a file",
         "examples:\n"
-        "  anima-fast regions examples/portrait.json --out preview\n"
+        "  anima-fast regions examples/regions/portrait.json --out preview\n"
         "  anima-fast regions left.png right.png --size 832x1216 --out preview\n\n"
-        "The region file's format is described in anima_fast/commands/regions.py and by examples/*.json.",
+        "The region file's format is described in anima_fast/commands/regions.py and by examples/regions/*.json.",
     )
     regions.add_argument("files", nargs="+", metavar="FILE", help="one region file (.json), or one mask image a region")
     regions.add_argument(

@@ -48,7 +48,7 @@ def main() -> int:
     print(f"One cross-attention call of Anima ({HEADS} heads of {HEAD_DIM}, fp32), prompts padded to 512 rows.\n")
     measured, failed = [], 0
     for name in FILES:
-        read = regions.read_region_file(HERE / f"{name}.json")
+        read = regions.read_region_file(HERE / "regions" / f"{name}.json")
         figures = regions.describe(read)
         folder = options.out / name
         folder.mkdir(parents=True, exist_ok=True)

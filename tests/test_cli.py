@@ -16,7 +16,7 @@ from anima_fast.bench.scan_cases import OPS
 from anima_fast.cli import main
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-REGION_FILES = sorted(EXAMPLES.glob("*.json"))
+REGION_FILES = sorted((EXAMPLES / "regions").glob("*.json"))
 TINY = ["--size", "128x128", "--heads", "2", "--head-dim", "32", "--tokens", "5", "--pad-to", "16", "--rounds", "1"]
 FEW = ["--backends", "torch", "--peers", "stock"]
 TINY_SCANS = ["--shapes", "ssd:4,8,16,2", "delta:4,8,16,2", "--lengths", "1", "70", "--rounds", "1"]
