@@ -330,13 +330,43 @@ def test_window(pipe, outside, start, end, steps, shift):
 
 
 def test_window_of_image_to_image(pipe):
-    """Its first step is not at 0 %: of five, strength 0.6 runs those at 40, 60 and 80 %."""
+    """Its first step is not at 0 %: of five, strength 0.6 runs those at 40, 60 and 80 %; only the first is inside."""
     from PIL import Image
 
     picture = Image.linear_gradient("L").resize((WIDTH, HEIGHT)).convert("RGB")
-    with regional.enable(pipe, REGIONS, start_percent=0.5, end_percent=0.7) as enabled:
+    with regional.enable(pipe, REGIONS, start_percent=0.3, end_percent=0.5) as enabled:
         sample(pipe, image=picture, strength=0.6, num_inference_steps=5)
     assert enabled.served == {"regions": 2, "outside": 2 * 2, "plain": 2 * 3}
+
+
+def test_blend_outside_its_window(pipe):
+    """All prompts there, unbiased, in one softmax; nothing to blend by."""
+    got, expected, _ = both(pipe, reference=dict(steps=[1, 2]), start_percent=0.2, combine="blend")
+    assert relative(got, expected) < TOLERANCE
+
+
+def test_blocks_from_the_end(pipe):
+    with regional.enable(pipe, REGIONS, blocks=[1]):
+        expected = sample(pipe)
+    with regional.enable(pipe, REGIONS, blocks=[-1]):
+        assert torch.equal(sample(pipe), expected)
+
+
+def test_one_prompt_on_two_grids(pipe):
+    """The same tensor of prompts, as in a second pass at another size."""
+    pipe.guider.set_state(step=0, num_inference_steps=1, timestep=None)
+    pipe.guider.prepare_models(pipe.transformer)
+    assert pipe.guider.is_conditional
+    embeds = torch.randn(1, tiny_pipeline.ROWS, 32)
+
+    def call(rows, columns):
+        latents = torch.ones(1, 16, 1, rows, columns)
+        time = torch.full((1,), 0.5)
+        return pipe.transformer(latents, time, embeds, return_dict=False)[0]
+
+    with regional.enable(pipe, REGIONS) as enabled:
+        first, second, again = call(4, 6), call(8, 8), call(4, 6)
+    assert second.shape[-2:] == (8, 8) and torch.equal(first, again) and enabled.served == {"regions": 6}
 
 
 def test_percent_to_sigma():

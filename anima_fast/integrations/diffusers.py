@@ -224,7 +224,6 @@ class _Call(NamedTuple):
 
     embeds: weakref.ref[torch.Tensor]
     grid: tuple[int, int, int]
-    serial: int  # of the regions' contexts
     context: dict[str, torch.Tensor]  # by kind
     plan: dict[str, BoundPlan]
 
@@ -244,7 +243,6 @@ class _State:
     texts: tuple[_Text, ...] = ()
     contexts: tuple[torch.Tensor, ...] = ()
     plan: RegionPlan | None = None
-    serial: int = 0
     conditioning: bool = False
     current: tuple[_Call, bool, bool] | None = None  # the call, whether it is conditional, whether regions act
     calls: dict[bool, _Call] = dataclasses.field(default_factory=dict)  # the last conditional one and the last other
@@ -295,7 +293,6 @@ class _State:
             pads.append(rows.shape[0] - tokens)
             row += tokens
         self.contexts = tuple(contexts)
-        self.serial += 1
         if not self.regions:
             return
         try:
@@ -360,7 +357,7 @@ class _State:
         frames, height, width = (s // p for s, p in zip(latents.shape[2:], transformer.config.patch_size, strict=True))
         grid = (frames, height, width)
         call = self.calls.get(conditional)
-        if call is None or call.embeds() is not embeds or call.grid != grid or call.serial != self.serial:
+        if call is None or call.embeds() is not embeds or call.grid != grid:
             call = self.calls[conditional] = self._prepare(transformer, embeds, grid, conditional)
         self.current = (call, conditional, conditional and self._in_window(pipe))
         return None
@@ -413,7 +410,7 @@ class _State:
             different = [plan.bind(grid, device=embeds.device) for plan in of_count.values()]
             index = [list(of_count).index(count) for count in tokens]
             bound[kind] = different[0] if len(different) == 1 else BoundPlan.batch(different, index)
-        return _Call(weakref.ref(embeds), grid, self.serial, contexts, bound)
+        return _Call(weakref.ref(embeds), grid, contexts, bound)
 
     @staticmethod
     def _with_base(plan: RegionPlan, start: int, tokens: int, pads: int) -> RegionPlan:
