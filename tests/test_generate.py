@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("diffusers", "0.42", reason="needs diffusers >= 0.42: pip install 'anima-fast[diffusers]'")
 pytest.importorskip("transformers", reason="needs transformers: pip install 'anima-fast[diffusers]'")
+pytest.importorskip("accelerate", reason="needs accelerate: diffusers loads Anima's transformer with it")
 
 import huggingface_hub
 import numpy as np
@@ -319,9 +320,10 @@ def test_packages_that_are_missing(capsys, monkeypatch, folder, model):
     import importlib.util
 
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "diffusers" else find_spec(name))
-    error = refused(capsys, "generate", "--model", model, *TINY)
-    assert "diffusers not installed: pip install 'anima-fast[diffusers]'" in error
+    for package in ("diffusers", "accelerate"):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, p=package: None if name == p else find_spec(name))
+        error = refused(capsys, "generate", "--model", model, *TINY)
+        assert f"{package} not installed: pip install 'anima-fast[diffusers]'" in error
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchvision" else find_spec(name))
     shutil.copytree(model, "copy")
     config = folder / "copy" / "transformer" / "config.json"

@@ -101,7 +101,8 @@ def quiet() -> Iterator[None]:
 
 
 def _check_packages() -> None:
-    missing = [name for name in ("diffusers", "transformers") if importlib.util.find_spec(name) is None]
+    # diffusers loads a transformer whose parts stay fp32, such as Anima's, with accelerate only
+    missing = [name for name in ("diffusers", "transformers", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"{' and '.join(missing)} not installed: pip install 'anima-fast[diffusers]'")
     if not hasattr(importlib.import_module("diffusers"), "AnimaModularPipeline"):
