@@ -28,6 +28,9 @@ KEY = "anima_fast"
 
 log = logging.getLogger("anima_fast.comfyui")
 
+# Plans kept: a few sizes, prompts and windows at once; the oldest goes first.
+_MOST_PLANS = 16
+
 
 class ModelHook:
     """Regions on a model (`regions` empty: only its pads are folded). `wrapper` and `cleanup` go on the patcher."""
@@ -43,12 +46,12 @@ class ModelHook:
         self.settings = settings or Settings()
         self.title = title
         self._window = window
+        self._plans: dict[Any, BoundPlan] = {}  # kept over runs: they depend on nothing that a run changes
         self._reset()
 
     def _reset(self) -> None:
         self._rows: dict[Any, int] = {}  # real rows of each prompt, by ComfyUI's id of it
         self._texts: dict[Any, tuple[torch.Tensor, list[tuple[int, int]], list[int]]] = {}
-        self._plans: dict[Any, BoundPlan] = {}
         self._evaluations = self._expected = self._served = 0
         self._debugged: set[int] = set()
         self._said: set[str] = set()
@@ -135,8 +138,10 @@ class ModelHook:
         grid, canvas = picture_of(x.shape, getattr(model, "patch_spatial", 2))
 
         def bind(on: bool) -> BoundPlan:
-            key = (layouts, grid, canvas, on, x.device)
+            key = (layouts, tuple(ranges), tuple(pad_counts), grid, canvas, on, x.device)
             if key not in self._plans:
+                if len(self._plans) >= _MOST_PLANS:
+                    self._plans.pop(next(iter(self._plans)))
                 self._plans[key] = bind_layouts(
                     layouts, self.settings, self.regions, ranges, pad_counts, grid, canvas, active=on, device=x.device
                 )
