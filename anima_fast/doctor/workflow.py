@@ -86,8 +86,9 @@ class Workflow:
     """A workflow's nodes, by id, and how its file says them.
 
     `kind` is "api" or "ui"; `raw` the workflow's own JSON, `document` that of the whole file (some wrap one in "prompt"
-    or "workflow"), both of which `Node.places` points into: a change there is a change of the file. `image` the pixel size of the PNG it was in, if any; `skipped` the nodes that are
-    muted or bypassed; `dangling` the inputs whose link leads nowhere, as (node, input).
+    or "workflow"), both of which `Node.places` points into: a change there is a change of the file. `image` is the
+    pixel size of the PNG it was in; `skipped` the nodes that are muted or bypassed; `dangling` the inputs whose link
+    leads nowhere, as (node, input); `unnamed` the nodes whose values could not be named.
     """
 
     path: str
@@ -259,9 +260,8 @@ class Workflow:
         if object_info is not None and self.kind == "ui":
             read_by_it = _from_ui(self.path, self.raw, object_info)
         live = read_by_it.live()
-        missing = (
-            [] if object_info is None else [n for n in read_by_it.nodes.values() if n.class_type not in object_info]
-        )
+        every = read_by_it.nodes.values()
+        missing = [] if object_info is None else [node for node in every if node.class_type not in object_info]
         needed = sorted({str(node) for node in missing if node.id in live})
         if needed:
             raise WorkflowError(f"{self.path}: the server does not have {_few(needed)}: install the pack or remove it")
