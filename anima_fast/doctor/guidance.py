@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["BIAS", "CFG", "MEGAPIXELS", "SHIFT", "STEPS", "TURBO", "family"]
+__all__ = ["family"]
 
 SHIFT = 3.0
 SHIFT_TOLERANCE = 0.05
@@ -22,13 +22,14 @@ CFG = (3.5, 5.0)
 CFG_LIMITS = (2.5, 7.0)  # beyond it, washed out or burnt
 
 #: A turbo LoRA is trained for 8 steps without guidance; with fewer than 4 it is unfinished, past 16 it overcooks.
-TURBO = {"steps": (4, 16), "cfg": (1.0, 2.0), "best_steps": 8, "best_cfg": 1.0}
+TURBO_STEPS, TURBO_BEST_STEPS = (4, 16), 8
+TURBO_CFG, TURBO_BEST_CFG = (1.0, 2.0), 1.0
 TURBO_NAMES = re.compile(r"turbo|lightning|hyper|distill|rdbt|\blcm|dmd|(?<!\d)[48][-_ ]?steps?(?![a-z])", re.I)
 
 #: First pass, in units of 2**20 pixels. Preview checkpoints were trained around one; later ones see up to 1536².
 MEGAPIXELS = {"preview": (0.6, 1.5), "other": (0.25, 2.4)}
 MEGAPIXELS_USUAL = (0.75, 1.6)
-#: A second pass starts from a picture; this much denoising at over 2 MP makes a new one, at a size the model is weak at.
+#: A second pass starts from a picture; so much denoising makes a new one, at a size that the model is weak at.
 HIRES_DENOISE = 0.7
 
 SAMPLERS = ("er_sde", "euler", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_2m_sde_gpu")
@@ -41,17 +42,11 @@ SCHEDULERS_NOT_FLOW = {
     "polyexponential": "it spaces the logarithm of sigma, so most steps go where a flow model has nothing left to do",
 }
 
-#: Regional bias. `strict`: e^-4.6 = 1 %, what a prompt keeps outside its mask when regions are as good as hard.
-BIAS = {
-    "eps": (1e-4, 1e-3),
-    "start": (0.15, 0.35),
-    "start_late": 0.7,
-    "end": 1.0,
-    "strength": (0.2, 0.5),
-    "strength_most": 1.0,
-    "strict": -4.6,
-    "extreme": -9.0,
-}
+#: Regional bias. STRICT: e^-4.6 = 1 % is what a prompt keeps outside its mask when regions are as good as hard.
+BIAS_EPS = (1e-4, 1e-3)
+BIAS_START, BIAS_START_LATE, BIAS_END = (0.15, 0.35), 0.7, 1.0
+BIAS_STRENGTH, BIAS_STRENGTH_MOST = (0.2, 0.5), 1.0
+BIAS_STRICT, BIAS_EXTREME = -4.6, -9.0
 
 #: The attention override of the hook for the last of these; before, ComfyUI has no Anima at all.
 COMFYUI_ANIMA = (0, 11)

@@ -16,7 +16,7 @@ __all__ = [
     "FlowSampling",
     "Pass",
     "Size",
-    "image_size",
+    "is_anima",
     "latent_size",
     "model_names",
     "model_path",
@@ -95,9 +95,8 @@ def passes(workflow: Workflow, live: set[str]) -> list[Pass]:
             found.append(_advanced(workflow, node))
         elif node.class_type == "SamplerCustom":
             found.append(_custom(workflow, node, node, ("positive", "negative")))
-        elif isinstance(node.inputs.get("positive"), Link) and isinstance(node.inputs.get("model"), Link):
-            if any(name in node.inputs for name in ("steps", "sampler_name", "cfg", "denoise")):
-                found.append(_plain(workflow, node))
+        elif _samples(node) and any(name in node.inputs for name in ("steps", "sampler_name", "cfg", "denoise")):
+            found.append(_plain(workflow, node))
     for one in found:
         one.tiled = any(node.class_type.startswith(_TILED) for node in [one.node, *one.path])
         one.turbo = _turbo(workflow, one.path)
@@ -111,7 +110,7 @@ def _linked(node: Node, *names: str) -> Link | None:
 
 
 def _plain(workflow: Workflow, node: Node) -> Pass:
-    names = ("steps", "cfg", "sampler_name", "scheduler", "denoise", "seed", "noise_seed", "add_noise")
+    names: tuple[str, ...] = ("steps", "cfg", "sampler_name", "scheduler", "denoise", "seed", "noise_seed", "add_noise")
     names += ("start_at_step", "end_at_step", "return_with_leftover_noise")
     one = Pass(node, model_path(workflow, node.id))
     one.settings = {name: workflow.setting(node.id, name) for name in names if name in node.inputs}
@@ -251,7 +250,8 @@ def latent_size(workflow: Workflow, link: Link | None, depth: int = 0) -> Size:
 
 
 def _samples(node: Node) -> bool:
-    return isinstance(node.inputs.get("positive"), Link) or node.class_type == "SamplerCustomAdvanced"
+    linked = all(isinstance(node.inputs.get(name), Link) for name in ("positive", "model"))
+    return linked or node.class_type == "SamplerCustomAdvanced"
 
 
 def image_size(workflow: Workflow, link: Link | None, depth: int = 0) -> Size:

@@ -1,0 +1,227 @@
+"""The server and the picture: versions, attention flags, what its nodes accept, a picture of another size."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..case import Case
+from ..findings import Finding
+from ..guidance import COMFYUI_ANIMA, COMFYUI_NODES
+from ..workflow import Link
+
+__all__ = ["CHECKS", "table"]
+
+_ATTENTION_FLAGS = {
+    "--use-split-cross-attention": "split",
+    "--use-quad-cross-attention": "sub-quadratic",
+    "--use-pytorch-cross-attention": "PyTorch SDPA",
+    "--use-sage-attention": "SageAttention",
+    "--use-flash-attention": "FlashAttention",
+    "--use-ck-attention": "comfy-kitchen INT8",
+}
+#: Packs that patch attention, by what their folder is called.
+_ATTENTION_PACKS = re.compile(
+    r"kjnodes|sage|ppm|nag|regional|attention|couple|prompt.?control|tiled.?diffusion|spectrum|teacache|wavespeed", re.I
+)
+
+
+def _system(case: Case) -> Mapping[str, Any]:
+    return ((case.environment or {}).get("system_stats") or {}).get("system") or {}
+
+
+def _version(text: Any) -> tuple[int, ...] | None:
+    found = re.match(r"v?(\d+)\.(\d+)", str(text or ""))
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _packs(case: Case) -> list[str]:
+    extensions = (case.environment or {}).get("extensions") or []
+    names = set()
+    for entry in extensions:
+        found = re.search(r"extensions/([^/]+)/", str(entry))
+        names.add(found[1] if found else str(entry))
+    # object_info says which custom_nodes folder each node is from.
+    for node in case.object_info.values():
+        module = str(node.get("python_module", "")) if isinstance(node, Mapping) else ""
+        if module.startswith("custom_nodes."):
+            names.add(module.removeprefix("custom_nodes.").split(".")[0])
+    return sorted(names - {"core"})
+
+
+def table(case: Case) -> dict[str, str]:
+    """What the seed of this tool calls unknown: versions, devices, attention, dtypes, packs, sizes."""
+    rows: dict[str, str] = {}
+    stats = (case.environment or {}).get("system_stats") or {}
+    system = _system(case)
+    if system:
+        argv = [str(word) for word in system.get("argv") or []]
+        rows["ComfyUI"] = str(system.get("comfyui_version") or "not said")
+        rows["Python"] = str(system.get("python_version") or "not said").split("\n")[0]
+        torch = str(system.get("pytorch_version") or "not said")
+        rows["PyTorch"] = torch
+        cuda = re.search(r"\+cu(\d+)(\d)", torch)
+        rows["CUDA"] = f"{cuda[1]}.{cuda[2]}, that PyTorch is built for" if cuda else "none: PyTorch's build has no +cu"
+        rows["driver"] = "not said by ComfyUI: see nvidia-smi"
+        rows["OS"] = str(system.get("os") or "not said")
+        for index, device in enumerate(stats.get("devices") or []):
+            memory = (device.get("vram_total") or 0) / 2**30
+            rows[f"device {index}"] = f"{device.get('name')}, {device.get('type')}, {memory:.1f} GiB"
+        flags = [name for flag, name in _ATTENTION_FLAGS.items() if flag in argv]
+        rows["attention"] = flags[0] if flags else "ComfyUI's choice (no flag)"
+        dtypes = [word for word in argv if re.match(r"--(fp|bf|force-fp|force-bf|supports-fp)|--.*upcast", word)]
+        rows["dtype flags"] = " ".join(dtypes) or "none: the checkpoint's, bf16 preferred"
+        rows["flags"] = " ".join(argv[1:]) or "none"
+    packs = _packs(case)
+    if case.environment is not None:
+        touching = [name for name in packs if _ATTENTION_PACKS.search(name)]
+        rows["packs"] = ", ".join(packs) or "none"
+        rows["may patch attention"] = ", ".join(touching) or "none by their names"
+    dtypes_asked = [
+        f"{node}: {value}"
+        for node in case.nodes
+        if isinstance(value := node.inputs.get("weight_dtype"), str) and value != "default"
+    ]
+    if dtypes_asked:
+        rows["weights"] = ", ".join(dtypes_asked)
+    if case.picture:
+        rows["picture"] = f"{case.picture[0]} x {case.picture[1]}"
+    sizes = [f"{one.size.width:g} x {one.size.height:g}" for one in case.passes if one.size.known]
+    if sizes and (case.environment is not None or case.picture):
+        rows["workflow's sizes"] = ", ".join(sizes)
+    return rows
+
+
+def comfyui_version(case: Case) -> Iterator[Finding]:
+    text = _system(case).get("comfyui_version")
+    version = _version(text)
+    if version is None or not case.anima:
+        return
+    newer = [node for node in case.nodes if node.class_type.startswith(("AnimaFast", "AnimaLLLite"))]
+    if version < COMFYUI_ANIMA:
+        yield Finding(
+            "comfyui-version",
+            "error",
+            f"ComfyUI {text} has no Anima",
+            "It would load the checkpoint as the Cosmos model that Anima is made from, without its text adapter "
+            "and with "
+            "another noise schedule: noise.",
+            "Update ComfyUI to 0.29 or newer.",
+            (),
+            {"comfyui_version": text},
+        )
+    elif newer and version < COMFYUI_NODES:
+        yield Finding(
+            "comfyui-version",
+            "error",
+            f"ComfyUI {text} is too old for {newer[0].class_type}",
+            "The attention patches of Anima that it needs came with 0.29.",
+            "Update ComfyUI to 0.29 or newer.",
+            tuple(node.id for node in newer),
+            {"comfyui_version": text},
+        )
+
+
+def attention_flags(case: Case) -> Iterator[Finding]:
+    argv = [str(word) for word in _system(case).get("argv") or []]
+    hooks = [regions.node for regions in case.regions if regions.pack == "hook"]
+    if hooks and "--use-flash-attention" in argv:
+        yield Finding(
+            "attention-backend",
+            "note",
+            "the server runs --use-flash-attention, which takes no mask",
+            "Each call with a regional bias fails there, is logged and computed by SDPA: right, but slow and noisy in "
+            "the log.",
+            "Start ComfyUI without the flag.",
+            tuple(node.id for node in hooks),
+            {"argv": " ".join(argv)},
+        )
+    if hooks and "--use-ck-attention" in argv:
+        yield Finding(
+            "attention-backend",
+            "note",
+            "the server runs --use-ck-attention: attention in INT8",
+            "The regional bias is added to rounded scores; borders can be uneven.",
+            "To rule it out, start ComfyUI without the flag.",
+            tuple(node.id for node in hooks),
+            {"argv": " ".join(argv)},
+        )
+
+
+def refused_values(case: Case) -> Iterator[Finding]:
+    """Values that the server's own description of a node does not allow: it refuses the prompt."""
+    for node in case.nodes:
+        info = case.object_info.get(node.class_type)
+        if not isinstance(info, Mapping):
+            continue
+        specs = {
+            k: s for group in ("required", "optional") for k, s in ((info.get("input") or {}).get(group) or {}).items()
+        }
+        for name, spec in specs.items():
+            value = node.inputs.get(name)
+            if value is None or isinstance(value, Link) or not isinstance(spec, (list, tuple)) or not spec:
+                continue
+            options = spec[1] if len(spec) > 1 and isinstance(spec[1], Mapping) else {}
+            allowed = spec[0] if isinstance(spec[0], list) else options.get("options") if spec[0] == "COMBO" else None
+            evidence = {case.said(node.id, name): value}
+            if isinstance(allowed, list) and value not in allowed and not options.get("remote"):
+                is_file = isinstance(value, str) and value.lower().endswith(
+                    (".safetensors", ".gguf", ".ckpt", ".pt", ".sft")
+                )
+                uploaded = bool(options.get("image_upload") or options.get("audio_upload"))
+                shown = ", ".join(map(str, allowed[:8])) + (" …" if len(allowed) > 8 else "")
+                yield Finding(
+                    "file-missing" if is_file or uploaded else "value-refused",
+                    "error",
+                    f"the server does not have {value}"
+                    if is_file or uploaded
+                    else f"{node} does not take {name} {value}",
+                    "ComfyUI refuses a prompt with a value that is not in its list.",
+                    f"Choose one of: {shown or 'nothing is there'}.",
+                    (node.id,),
+                    {**evidence, "offered": len(allowed)},
+                )
+            low, high = options.get("min"), options.get("max")
+            numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if numeric and ((low is not None and value < low) or (high is not None and value > high)):
+                yield Finding(
+                    "value-refused",
+                    "error",
+                    f"{node} takes {name} from {low} to {high}, not {value}",
+                    "ComfyUI refuses a prompt with a value out of its range.",
+                    f"Set {name} within it.",
+                    (node.id,),
+                    evidence,
+                )
+
+
+def picture_size(case: Case) -> Iterator[Finding]:
+    if case.picture is None:
+        return
+    known = [one for one in case.passes if one.size.known]
+    if not known or any((int(one.size.width), int(one.size.height)) == case.picture for one in known):
+        return
+    if any(not one.size.known for one in case.passes):
+        return
+    scaled = [
+        n for n in case.nodes if "pscale" in n.class_type or "Resize" in n.class_type or "ImageScale" in n.class_type
+    ]
+    first = known[0]
+    picture = f"{case.picture[0]} x {case.picture[1]}"
+    yield Finding(
+        "picture-size",
+        "note" if scaled else "warning",
+        f"the picture is {picture}, the workflow samples {first.size.width:g} x {first.size.height:g}",
+        f"{scaled[0]} changes the size after sampling."
+        if scaled
+        else "The picture is not what this workflow makes: what is wrong with the one may not be in the other.",
+        "Nothing."
+        if scaled
+        else "Diagnose the workflow that is in the picture itself (doctor reads PNG files), at its size.",
+        (first.node.id,),
+        {"picture": picture, "workflow": f"{first.size.width:g} x {first.size.height:g}"},
+    )
+
+
+CHECKS = (comfyui_version, attention_flags, refused_values, picture_size)
