@@ -104,8 +104,8 @@ class AnimaFastRegions(io.ComfyNode):
                     min=0.0,
                     max=2.0,
                     step=0.01,
-                    tooltip="How strictly prompts keep to their masks. logit: 0 not at all, 0.2 to 0.5 usual. blend: "
-                    "the regions' share, the base prompt gets the rest.",
+                    tooltip="logit: how strictly prompts keep to their masks; 0 not at all, 0.2 to 0.5 usual. blend has no "
+                    "use for it: there each region's own strength is its share, and the base prompt gets the rest.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -248,6 +248,8 @@ class AnimaFastRegions(io.ComfyNode):
         negative: Any,
         regions: dict[str, Region | None],
         blocks: str,
+        combine: str,
+        strength: float,
         hard_value: float,
         canvas_width: int,
         canvas_height: int,
@@ -260,6 +262,8 @@ class AnimaFastRegions(io.ComfyNode):
     ) -> io.NodeOutput:
         whole = Settings(
             blocks=parse_blocks(blocks),
+            combine=combine,
+            strength=1.0 if combine == "blend" else strength,
             hard_value=hard_value or None,
             canvas=(canvas_width, canvas_height) if canvas_width or canvas_height else None,
             stretch=stretch_masks,
