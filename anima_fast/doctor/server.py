@@ -324,8 +324,10 @@ class Server:
         if self._socket is not None:
             return
         address = self.address.replace("http", "ws", 1) + f"/ws?clientId={self.client_id}"
+        # It asks the environment for a proxy unless it is given one; "*" says that it is for no host.
+        direct = {"http_proxy_host": "none", "http_proxy_port": 1, "http_no_proxy": ["*"]}
         try:
-            self._socket = self._websocket.create_connection(address, timeout=self.timeout, http_no_proxy=["*"])
+            self._socket = self._websocket.create_connection(address, timeout=self.timeout, **direct)
             self._socket.settimeout(_LOOK / 2)
         except (self._websocket.WebSocketException, OSError) as error:
             raise ServerError(f"{self.address} opens no websocket ({error}); is ComfyUI running there?") from error

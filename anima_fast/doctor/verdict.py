@@ -93,32 +93,40 @@ def verdict(rows: Iterable[Row]) -> Verdict:
     table = {row.test: row for row in rows}
     seen: list[str] = []
 
+    def stand_in(test: str) -> str:
+        """The test whose result counts for it: its own, unless it was skipped as the same as another."""
+        passed = {test}
+        while (row := table.get(test)) is not None and row.status == "skipped" and row.same_as not in (None, *passed):
+            test = str(row.same_as)
+            passed.add(test)
+        return test
+
     def works(test: str) -> bool | None:
         """True a picture, False noise, None not known; what was asked is evidence."""
-        row = table.get(test)
-        if row is not None and row.status == "skipped" and row.same_as is not None and row.same_as != test:
-            found = works(row.same_as)
-            _add(seen, f"{test}: same as {row.same_as} ({row.why})")
-            return found
+        other = stand_in(test)
+        row = table.get(other)
         if row is not None:
             _add(seen, _line(row))
+        if other != test:
+            _add(seen, f"{test}: same as {other} ({table[test].why})")
         return {"picture": True, "noise": False, "blank": False}.get(row.kind or "") if row is not None else None
 
     def settled(test: str) -> bool:
         """Whether running the test (again) would tell nothing new."""
-        return test in table
+        return stand_in(test) in table
 
     def end(fault: str, *advice: str, missing: tuple[str, ...] = (), **values: str) -> Verdict:
         return Verdict(fault, _SUMMARIES[fault].format(**values), tuple(seen), advice, missing)
 
     def undecided(*tests: str) -> Verdict:
-        missing = tuple(test for test in tests if not settled(test))
+        missing = tuple(dict.fromkeys(stand_in(test) for test in tests if not settled(test)))
         if missing:
             why = "the tests " + ", ".join(missing) + " have not been run"
         else:
-            unclear = [test for test in tests if table[test].status == "measured"]
-            failed = [test for test in tests if table[test].status == "failed"]
-            skipped = [test for test in tests if table[test].status == "skipped"]
+            status = {test: table[stand_in(test)].status for test in tests}
+            unclear, failed, skipped = (
+                [test for test in tests if status[test] == kind] for kind in ("measured", "failed", "skipped")
+            )
             parts = []
             if unclear:
                 parts.append(f"{', '.join(unclear)}: the result is neither clearly a picture nor clearly noise")
@@ -144,7 +152,9 @@ def verdict(rows: Iterable[Row]) -> Verdict:
         if failed is not None and failed.status == "failed" and works("files") is not True:
             return end("model_stack", *_STACK)
         if works("files") is not True:
-            return undecided("baseline") if runs else end("does_not_run", "Mend what the error names first.")
+            if runs or not settled("baseline"):
+                return undecided("baseline")
+            return end("does_not_run", "Mend what the error names first.")
     if baseline is False and works("files") is not True:
         if works("files") is None and not settled("files"):
             return undecided("files")
@@ -178,9 +188,8 @@ def verdict(rows: Iterable[Row]) -> Verdict:
     # ---- the sampling
     singles = {test: works(test) for test in ("sampling", "sampler", "resolution")}
     mending = [test for test, good in singles.items() if good]
-    missing = [test for test, good in singles.items() if good is None and not settled(test)]
-    if missing:
-        return undecided(*missing)
+    if any(good is None and not settled(test) for test, good in singles.items()):
+        return undecided(*singles)
     if mending:
         also = [f"{TESTS[test]} mends it as well" for test in mending[1:]]
         return end(mending[0], _MEND[mending[0]], *also)
