@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_json(regions)
 
     _add_generate(commands)
+    _add_doctor(commands)
 
     bench = command(
         "bench",
@@ -186,6 +187,41 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     add("--like", metavar="F.png", help="repeat the request of a picture made here")
     add("--out", metavar="F.png", default="anima.png", help="default: %(default)s; a batch adds _2, _3 …")
     _add_json(generate)
+
+
+def _add_doctor(commands: argparse._SubParsersAction[_Parser]) -> None:
+    doctor = _add_command(
+        commands,
+        "doctor",
+        "doctor",
+        "what is wrong with a ComfyUI workflow, by evidence",
+        "examples:\n"
+        "  anima-fast doctor workflow.json\n"
+        "  anima-fast doctor picture.png --models ComfyUI/models --picture path.svg\n"
+        "  anima-fast doctor workflow.json --fix fixed.json\n"
+        "  anima-fast doctor workflow.json --comfyui http://127.0.0.1:8188 --ablate --report report.html\n\n"
+        "Exit code 0: nothing, or notes. 1: errors or warnings (with --fix, those that are left). 2: not readable.\n"
+        "What each finding means: docs/doctor.md.",
+    )
+    add = doctor.add_argument
+    add("workflow", metavar="WORKFLOW", help="a workflow of the user interface or of its API export, or a PNG with one")
+    add("--png", metavar="IMAGE", help="the picture it made: its size is compared")
+    add("--models", metavar="DIR", help="ComfyUI's models folder: files are recognized by their headers")
+    add("--fix", metavar="OUT.json", help="write the corrected workflow; what is not wrong stays as it is")
+    add("--picture", metavar="OUT", help="draw the model's way with the findings on it (.svg or .png)")
+    add("--comfyui", metavar="URL", help="ask this server what it is and has; nothing is run on it")
+    add("--submit", action="store_true", help="with --comfyui: queue the workflow and follow it to its pictures")
+    add(
+        "--ablate",
+        action="store_true",
+        help="with --comfyui: run the decision tree, a picture for each test, and name the fault: minutes on a GPU",
+    )
+    add("--all-tests", action="store_true", help="with --ablate: also tests that the verdict does not need")
+    add("--baseline-size", type=_size, metavar="WxH", help="with --ablate: of the official baseline (1024x1024)")
+    add("--baseline-steps", type=_count, metavar="N", help="with --ablate: of the official baseline (30)")
+    add("--report", metavar="OUT", help="with --ablate: findings and tests with their pictures, as .html or .md")
+    add("--timeout", type=float, default=30.0, metavar="S", help="of one answer of the server (default: %(default)g s)")
+    _add_json(doctor)
 
 
 def _add_bench_attention(ops: argparse._SubParsersAction[_Parser]) -> None:

@@ -52,8 +52,10 @@ BIAS_STRICT, BIAS_EXTREME = -4.6, -9.0
 COMFYUI_ANIMA = (0, 11)
 COMFYUI_NODES = (0, 29)
 
+#: Not WanAnimate, Animagine (SDXL) or an animation.
+_ANIMA = r"anima(?!t|gine|l)"
 _ENCODERS = (
-    ("anima", r"anima|qwen_?-?3?[-_.]*0?[._]?6b|qwen_?3_?0?6"),
+    ("anima", _ANIMA + r"|qwen[-_]?3[-_.]*0?[._]?6b|qwen_?3_?0?6"),
     ("Qwen3.5, which needs a loader of its own", r"qwen[-_]?3[._]?5"),
     ("Qwen2.5-VL (Qwen-Image)", r"qwen[-_]?2[._]?5"),
     ("a larger Qwen3 (other models)", r"qwen[-_]?3.*(?<!\d)(1[._]7|4|8|14|32)b"),
@@ -67,7 +69,7 @@ _ENCODERS = (
     ("Mistral", r"mistral|ministral"),
 )
 _VAES = (
-    ("anima", r"anima|qwen[-_]?image"),
+    ("anima", _ANIMA + r"|qwen[-_]?image"),
     ("wan2.1", r"wan[-_]?2?[._]?1[-_. ]?vae|wan_?21|wan_2\.1"),
     ("Wan 2.2, 48 channels", r"wan[-_]?2[._]?2"),
     ("Flux, 16 channels of another meaning", r"^ae\.|^ae$|flux"),
@@ -79,7 +81,7 @@ _VAES = (
     ("an approximation for previews", r"^tae"),
 )
 _MODELS = (
-    ("anima", r"anima"),
+    ("anima", _ANIMA),
     ("Cosmos-Predict2 without Anima's text adapter", r"cosmos"),
     ("Qwen-Image", r"qwen[-_]?image"),
     ("SDXL", r"sd[-_]?xl|illustrious|pony|noob"),

@@ -24,7 +24,7 @@ from typing import Any
 
 from .node_types import CONTROL_AFTER_GENERATE, FRONTEND_ONLY, OUTPUT_NODES, PRIMITIVES, REROUTES, SEEDS, WIDGETS
 
-__all__ = ["UNKNOWN", "Link", "Node", "Place", "Workflow", "WorkflowError", "read"]
+__all__ = ["UNKNOWN", "Link", "Node", "Place", "Workflow", "WorkflowError", "read", "read_text"]
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MUTED, BYPASSED = 2, 4
@@ -303,6 +303,11 @@ def read(path: str | Path, object_info: Mapping[str, Any] | None = None) -> Work
     workflow = _from_json(name, raw, object_info)
     workflow.image = image
     return workflow
+
+
+def read_text(name: str, text: str, object_info: Mapping[str, Any] | None = None) -> Workflow:
+    """As `read`, of JSON text; `name` is what errors call it."""
+    return _from_json(name, _parse(name, text.encode()), object_info)
 
 
 def _from_json(name: str, raw: Any, object_info: Mapping[str, Any] | None) -> Workflow:

@@ -13,19 +13,6 @@ from ..workflow import Link
 
 __all__ = ["CHECKS", "table"]
 
-_ATTENTION_FLAGS = {
-    "--use-split-cross-attention": "split",
-    "--use-quad-cross-attention": "sub-quadratic",
-    "--use-pytorch-cross-attention": "PyTorch SDPA",
-    "--use-sage-attention": "SageAttention",
-    "--use-flash-attention": "FlashAttention",
-    "--use-ck-attention": "comfy-kitchen INT8",
-}
-#: Packs that patch attention, by what their folder is called.
-_ATTENTION_PACKS = re.compile(
-    r"kjnodes|sage|ppm|nag|regional|attention|couple|prompt.?control|tiled.?diffusion|spectrum|teacache|wavespeed", re.I
-)
-
 
 def _system(case: Case) -> Mapping[str, Any]:
     return ((case.environment or {}).get("system_stats") or {}).get("system") or {}
@@ -36,61 +23,32 @@ def _version(text: Any) -> tuple[int, ...] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
-def _packs(case: Case) -> list[str]:
-    extensions = (case.environment or {}).get("extensions") or []
-    names = set()
-    for entry in extensions:
-        found = re.search(r"extensions/([^/]+)/", str(entry))
-        names.add(found[1] if found else str(entry))
-    # object_info says which custom_nodes folder each node is from.
-    for node in case.object_info.values():
-        module = str(node.get("python_module", "")) if isinstance(node, Mapping) else ""
-        if module.startswith("custom_nodes."):
-            names.add(module.removeprefix("custom_nodes.").split(".")[0])
-    return sorted(names - {"core"})
-
-
 def table(case: Case) -> dict[str, str]:
-    """What the seed of this tool calls unknown: versions, devices, attention, dtypes, packs, sizes."""
-    rows: dict[str, str] = {}
-    stats = (case.environment or {}).get("system_stats") or {}
-    system = _system(case)
-    if system:
-        argv = [str(word) for word in system.get("argv") or []]
-        rows["ComfyUI"] = str(system.get("comfyui_version") or "not said")
-        rows["Python"] = str(system.get("python_version") or "not said").split("\n")[0]
-        torch = str(system.get("pytorch_version") or "not said")
-        rows["PyTorch"] = torch
-        cuda = re.search(r"\+cu(\d+)(\d)", torch)
-        rows["CUDA"] = f"{cuda[1]}.{cuda[2]}, that PyTorch is built for" if cuda else "none: PyTorch's build has no +cu"
-        rows["driver"] = "not said by ComfyUI: see nvidia-smi"
-        rows["OS"] = str(system.get("os") or "not said")
-        for index, device in enumerate(stats.get("devices") or []):
-            memory = (device.get("vram_total") or 0) / 2**30
-            rows[f"device {index}"] = f"{device.get('name')}, {device.get('type')}, {memory:.1f} GiB"
-        flags = [name for flag, name in _ATTENTION_FLAGS.items() if flag in argv]
-        rows["attention"] = flags[0] if flags else "ComfyUI's choice (no flag)"
-        dtypes = [word for word in argv if re.match(r"--(fp|bf|force-fp|force-bf|supports-fp)|--.*upcast", word)]
-        rows["dtype flags"] = " ".join(dtypes) or "none: the checkpoint's, bf16 preferred"
-        rows["flags"] = " ".join(argv[1:]) or "none"
-    packs = _packs(case)
-    if case.environment is not None:
-        touching = [name for name in packs if _ATTENTION_PACKS.search(name)]
-        rows["packs"] = ", ".join(packs) or "none"
-        rows["may patch attention"] = ", ".join(touching) or "none by their names"
-    dtypes_asked = [
+    """What a diagnosis should know of the surroundings: the server's facts, and how to find out what it does not say;
+    weights cast on loading; the picture's size beside the workflow's."""
+    found = case.environment or {}
+    rows = {name: _said(value) for name, value in (found.get("facts") or {}).items()}
+    rows.update({name: f"unknown: {where}" for name, where in (found.get("unknown") or {}).items()})
+    weights = [
         f"{node}: {value}"
         for node in case.nodes
         if isinstance(value := node.inputs.get("weight_dtype"), str) and value != "default"
     ]
-    if dtypes_asked:
-        rows["weights"] = ", ".join(dtypes_asked)
+    if weights:
+        rows["weights cast"] = ", ".join(weights)
     if case.picture:
         rows["picture"] = f"{case.picture[0]} x {case.picture[1]}"
-    sizes = [f"{one.size.width:g} x {one.size.height:g}" for one in case.passes if one.size.known]
-    if sizes and (case.environment is not None or case.picture):
-        rows["workflow's sizes"] = ", ".join(sizes)
+        sizes = [f"{one.size.width:g} x {one.size.height:g}" for one in case.passes if one.size.known]
+        rows["workflow's size"] = ", ".join(sizes) or "computed when it runs"
     return rows
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name}: {_said(inner)}" for name, inner in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
 
 
 def comfyui_version(case: Case) -> Iterator[Finding]:
