@@ -10,14 +10,19 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from . import __version__
 from .bench.cases import DTYPES, LAYOUTS, MODES
 from .bench.scan_cases import OPS, SHAPES
+from .encoder.adjust import ADVICE
 from .errors import NoBackendError
 
 __all__ = ["main"]
+
+_RECURRENCE = "gdn: as the model was trained; mamba2: as its first node read it"
+_HEAD_NORM = "the factor of the head's norm, exp(w) or 1 + w"
+_FORCE = "use files that were fitted to the other recurrence"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_json(regions)
 
     _add_generate(commands)
+    _add_encoder(commands)
     _add_doctor(commands)
 
     bench = command(
@@ -183,10 +189,202 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     add("--strength", type=float, metavar="X", help="how much of --image is made anew, 0 to 1 (default: 0.6)")
     add("--dtype", choices=tuple(DTYPES), help="default: bf16, on a CPU fp32")
     add("--device", help="cpu, cuda, cuda:1, mps … (default: a GPU if there is one)")
+    text = generate.add_argument_group("another text encoder (docs/encoder.md)").add_argument
+    text(
+        "--encoder", metavar="FILE", help="the hybrid encoder, qwen35_4b.safetensors; stock: the model's own (default)"
+    )
+    text("--recurrence", choices=("gdn", "mamba2"), help=_RECURRENCE + " (default: gdn)")
+    text("--head-norm", choices=("exp", "one_plus"), help=_HEAD_NORM + " (default: exp)")
+    text("--encoder-tokenizer", metavar="DIR", help="of Qwen3.5 (default: beside FILE, else the hub's)")
+    text("--alignment", metavar="F", help=ADVICE["alignment"])
+    text("--alignment-strength", type=float, metavar="X", help=ADVICE["alignment_strength"] + " (default: 0.5)")
+    text("--calibration", metavar="F", help=ADVICE["calibration"])
+    text("--output-scale", type=float, metavar="X", help=ADVICE["output_scale"] + " (default: 1)")
+    text("--force", action="store_true", default=None, help=_FORCE)
     add("--preview", type=_count, metavar="N", help="every N steps, show the first picture so far in OUT.preview.png")
     add("--like", metavar="F.png", help="repeat the request of a picture made here")
     add("--out", metavar="F.png", default="anima.png", help="default: %(default)s; a batch adds _2, _3 …")
     _add_json(generate)
+
+
+def _add_encoder(commands: argparse._SubParsersAction[_Parser]) -> None:
+    encoder = _add_command(
+        commands,
+        "encoder",
+        "encoder",
+        "the hybrid text encoder: inspect, encode, align and calibrate it, judge what comes out",
+        "examples:\n"
+        "  anima-fast encoder inspect qwen35_4b.safetensors\n"
+        "  anima-fast encoder report qwen35_4b.safetensors --prompts prompts.tsv --plot report.png\n"
+        "  anima-fast encoder fit-alignment qwen35_4b.safetensors --target qwen_3_06b_base.safetensors "
+        "--prompts prompts.tsv --out alignment.safetensors\n\n"
+        "What the settings do and when to use them: docs/encoder.md.",
+    )
+    actions = encoder.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
+
+    def action(name: str, summary: str, examples: str) -> argparse.ArgumentParser:
+        parser = _add_command(actions, name, "encoder", summary, examples)
+        parser.add_argument("file", metavar="FILE", help="the encoder: a safetensors file or a directory")
+        return parser
+
+    inspect = action(
+        "inspect",
+        "what an encoder, an alignment or a calibration file is, read and checked from end to end",
+        "examples:\n  anima-fast encoder inspect qwen35_4b.safetensors\n"
+        "  anima-fast encoder inspect alignment.safetensors --json",
+    )
+    inspect.add_argument("--config", metavar="F.json", help="what tensor shapes leave open (default: Qwen3.5's)")
+    _add_json(inspect)
+
+    encode = action(
+        "encode",
+        "the states of prompts, as Anima's adapter takes them, in a safetensors file",
+        'examples:\n  anima-fast encoder encode qwen35_4b.safetensors --prompt "a red cat" --out cat.safetensors\n'
+        "  anima-fast encoder encode qwen35_4b.safetensors --prompts prompts.txt --alignment alignment.safetensors "
+        "--out states.safetensors",
+    )
+    _add_encoder_common(encode)
+    _add_adjustment(encode)
+    encode.add_argument("--out", metavar="F.safetensors", required=True, help="states [B, L, 1024] and mask [B, L]")
+    _add_json(encode)
+
+    alignment = action(
+        "fit-alignment",
+        "turn the encoder's directions into the stock encoder's; figures on prompts that were held out",
+        "example:\n  anima-fast encoder fit-alignment qwen35_4b.safetensors --target qwen_3_06b_base.safetensors \\\n"
+        "      --prompts prompts.tsv --out alignment.safetensors --plot alignment.png\n\n"
+        "Take some thousands of prompts of the kinds you use: from fewer than 1,024 not every direction can be told.",
+    )
+    _add_encoder_common(alignment)
+    _add_target(alignment, required=True)
+    alignment.add_argument(
+        "--reflections",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="allow a mirror image (default: yes, as the published one)",
+    )
+    alignment.add_argument(
+        "--held-out", type=float, default=0.1, metavar="X", help="share that is only measured (default: %(default)s)"
+    )
+    alignment.add_argument("--out", metavar="F.safetensors", required=True, help="the alignment")
+    _add_plot(alignment)
+    _add_json(alignment)
+
+    calibration = action(
+        "fit-calibration",
+        "a scale and a bias for each dimension, from the same prompts through both encoders",
+        "example:\n  anima-fast encoder fit-calibration qwen35_4b.safetensors --target qwen_3_06b_base.safetensors "
+        "\\\n      --prompts prompts.tsv --alignment alignment.safetensors --out calibration.safetensors",
+    )
+    _add_encoder_common(calibration)
+    _add_target(calibration, required=True)
+    calibration.add_argument("--alignment", metavar="F", help="the one that the calibration will be used with, if any")
+    calibration.add_argument("--force", action="store_true", help="with an alignment of another recurrence")
+    calibration.add_argument("--out", metavar="F.safetensors", required=True, help="the calibration")
+    _add_json(calibration)
+
+    report = action(
+        "report",
+        "figures that tell a healthy encoder from a broken one, for both recurrences and each step after the head",
+        "examples:\n  anima-fast encoder report qwen35_4b.safetensors --prompts prompts.tsv --plot report.png\n"
+        "  anima-fast encoder report qwen35_4b.safetensors --prompts prompts.tsv --recurrence gdn "
+        "--alignment a.safetensors\n      --calibration c.safetensors --target qwen_3_06b_base.safetensors\n\n"
+        "Exit code 1: the first recurrence has collapsed (all tokens, or all prompts, alike).",
+    )
+    _add_encoder_common(report, recurrences=True)
+    _add_adjustment(report, several=True)
+    _add_target(report, required=False)
+    _add_plot(report)
+    _add_json(report)
+
+    sweep = action(
+        "sweep",
+        "the same prompts at several alignment strengths, side by side",
+        "example:\n  anima-fast encoder sweep qwen35_4b.safetensors --prompts prompts.txt \\\n"
+        "      --alignment alignment.safetensors --strengths 0 0.3 0.5 0.7 1 --plot sweep.png --out sweep.safetensors",
+    )
+    _add_encoder_common(sweep)
+    _add_adjustment(sweep, strengths=True)
+    _add_target(sweep, required=False)
+    sweep.add_argument("--out", metavar="F.safetensors", help="also write states_off, states_0, states_0.3 … and mask")
+    _add_plot(sweep)
+    _add_json(sweep)
+
+
+def _add_encoder_common(parser: argparse.ArgumentParser, *, recurrences: bool = False) -> None:
+    add = parser.add_argument
+    add("--prompts", metavar="F", help="one a line; or .csv/.tsv with the column prompt, and category if you like")
+    add("--prompt", action="append", metavar="TEXT", help="instead of a file; repeatable")
+    choices = ("gdn", "mamba2")
+    if recurrences:
+        add(
+            "--recurrence",
+            nargs="+",
+            choices=choices,
+            default=list(choices),
+            help="which readings of the recurrent layers (default: both)",
+        )
+    else:
+        add(
+            "--recurrence",
+            choices=choices,
+            default="gdn",
+            help=_RECURRENCE + " (default: %(default)s)",
+        )
+    add(
+        "--head-norm",
+        choices=("exp", "one_plus"),
+        default="exp",
+        help=_HEAD_NORM + " (default: %(default)s)",
+    )
+    add("--tokenizer", metavar="DIR", help="of Qwen3.5 (default: beside FILE, else the hub's)")
+    add("--config", metavar="F.json", help="what tensor shapes leave open (default: Qwen3.5's)")
+    add("--dtype", choices=tuple(DTYPES), help="what is computed in (default: bf16, on a CPU fp32)")
+    add("--device", help="cpu, cuda, cuda:1, mps … (default: a GPU if there is one)")
+
+
+def _add_adjustment(parser: argparse.ArgumentParser, *, several: bool = False, strengths: bool = False) -> None:
+    """What follows the head, with the words of docs/encoder.md."""
+    add = parser.add_argument
+    many: dict[str, Any] = dict(nargs="+", default=[]) if several else {}
+    each = "; one for each recurrence" if several else ""
+    add("--alignment", metavar="F", required=strengths, help=ADVICE["alignment"] + each, **many)
+    if strengths:
+        add(
+            "--strengths",
+            nargs="+",
+            type=float,
+            default=[0.0, 0.3, 0.5, 0.7, 1.0],
+            metavar="X",
+            help="default: 0 0.3 0.5 0.7 1",
+        )
+    else:
+        add(
+            "--alignment-strength",
+            type=float,
+            default=0.5,
+            metavar="X",
+            help=ADVICE["alignment_strength"] + " (default: %(default)s)",
+        )
+    add("--calibration", metavar="F", help=ADVICE["calibration"] + each, **many)
+    add("--output-scale", type=float, default=1.0, metavar="X", help=ADVICE["output_scale"] + " (default: %(default)s)")
+    add("--force", action="store_true", help=_FORCE)
+
+
+def _add_target(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument(
+        "--target",
+        metavar="F|DIR",
+        required=required,
+        help="the stock encoder, Qwen3-0.6B: ComfyUI's file or the hub's directory",
+    )
+    parser.add_argument(
+        "--target-tokenizer", metavar="DIR", help="of Qwen3 (default: beside it, ComfyUI's, else the hub's)"
+    )
+
+
+def _add_plot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plot", metavar="F.png", help="draw it (needs matplotlib)")
 
 
 def _add_doctor(commands: argparse._SubParsersAction[_Parser]) -> None:

@@ -9,6 +9,7 @@ import re
 import warnings
 
 import pytest
+import real_embeddings
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +20,14 @@ from anima_fast.encoder.adjust import Adjustment
 from anima_fast.encoder.alignment import Alignment, AlignmentFit, evaluate, procrustes
 from anima_fast.encoder.calibration import Calibration, CalibrationFit, Moments
 from anima_fast.encoder.files import Origin
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def orthogonal(width, seed=0, determinant=None):
@@ -481,3 +490,75 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, pair, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         pair[0].save(path)
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+# ----------------------------------------------------------------------------------------------- real embeddings
+
+
+@pytest.fixture(scope="module")
+def real():
+    texts, categories = real_embeddings.prompts(1500)
+    tokens = real_embeddings.wordllama(texts)
+    return tokens, torch.stack([rows.mean(dim=0) for rows in tokens]), categories
+
+
+@pytest.mark.parametrize("determinant", [1, -1], ids=["rotation", "reflection"])
+def test_a_planted_rotation_of_real_embeddings(real, determinant):
+    _, pooled, categories = real
+    rotation = orthogonal(256, 4, determinant).float()
+    target = pooled @ rotation.T + 5 * pooled.std() * torch.randn(256)
+    found = Alignment.fit(pooled, target, categories=categories)
+    assert found.report["rank"] == 256
+    assert (found.rotation - rotation).abs().max() < 1e-5 and found.determinant == determinant
+    torch.testing.assert_close(found.apply(pooled, 1.0), target, atol=1e-5, rtol=1e-5)
+    assert set(found.report["categories"]) == set(real_embeddings.WORDS)
+    assert min(entry["centred_after"] for entry in found.report["categories"].values()) > 1 - 1e-6
+
+
+def test_two_halves_of_real_embeddings(real):
+    """Different coordinates of one model, trained so that each half says what the whole does: related, not rotated."""
+    tokens, pooled, categories = real
+    source, target = pooled[:, :128], pooled[:, 128:] + 10 * pooled.std()
+    report = Alignment.fit(source, target, categories=categories).report
+    print(show(report))
+    assert 140 < report["held_out"] < 160 and report["rank"] == 128
+    # a shared mean alone gets most of the cosine, so that says little
+    assert (
+        report["after"]["mean"] > 0.95 and report["of_mean"]["mean"] > 0.9 > abs(report["centred_before"]["mean"]) * 3
+    )
+    # what was learned carries over to prompts that were not fitted, and is far from all
+    assert 0.3 < report["centred_after"]["mean"] < 0.98 and 0.05 < report["r2"] <= report["r2_scaled"] < 0.98
+    assert report["r2_fitted"] > report["r2"] - 0.02
+    shuffled = target[torch.randperm(len(target), generator=torch.Generator().manual_seed(0))]
+    nothing = Alignment.fit(source, shuffled).report  # the same spaces, prompts mixed up
+    print(show(nothing))
+    assert abs(nothing["centred_after"]["mean"]) < 0.15 and nothing["r2"] < 0.02 and nothing["after"]["mean"] > 0.9
+    assert nothing["r2_scaled_fitted"] > 0 > nothing["r2_scaled"] - 0.02  # fitted figures flatter
+    alignment = Alignment.fit(source, target)
+    x, y = (torch.cat([rows[:, s] for rows in tokens]) for s in (slice(0, 128), slice(128, 256)))
+    out = Calibration.fit(x, y, alignment=alignment).apply(alignment.apply(x, 0.5), alignment, 0.5)
+    torch.testing.assert_close(out.mean(dim=0), y.mean(dim=0), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(out.std(dim=0), y.std(dim=0), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_two_models(real, tmp_path):
+    """Static vectors to the states of a transformer, both real; the target in 256 directions of its 384."""
+    _, pooled, categories = real
+    texts, _ = real_embeddings.prompts(1500)
+    axes = orthogonal(384, 9)[:256].float()
+    target = real_embeddings.minilm(texts, tmp_path) @ axes.T
+    found = Alignment.fit(pooled, target, categories=categories)
+    report = found.report
+    print(show(report))
+    assert 0.2 < report["centred_after"]["mean"] < 0.95 and abs(report["centred_before"]["mean"]) < 0.1
+    assert 0.05 < report["r2_scaled"] < 0.9 and report["r2"] <= report["r2_scaled"] + 1e-6
+    half = found.apply(pooled, 0.5)
+    torch.testing.assert_close(half, (found.apply(pooled, 0.0) + found.apply(pooled, 1.0)) / 2, atol=1e-5, rtol=1e-5)
+
+
+def show(report):
+    names = ("before", "after", "of_mean", "centred_before", "centred_after")
+    cosines = ", ".join(f"{name} {report[name]['mean']:.3f} (min {report[name]['min']:.3f})" for name in names)
+    numbers = ("r2", "r2_scaled", "r2_fitted", "r2_scaled_fitted", "best_scale")
+    return f"{cosines}; " + ", ".join(f"{name} {report[name]:.3f}" for name in numbers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import json
 import statistics
 import sys
@@ -28,9 +29,11 @@ __all__ = [
     "check_device",
     "check_files",
     "choose",
+    "default_device",
     "draw",
     "measure_with_bar",
     "progress_bar",
+    "pyplot",
     "run",
     "table",
     "text_columns",
@@ -76,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     ]
     check_files(options.json, options.plot)
     if options.plot:
-        _matplotlib()
+        pyplot()
     done = []
     for case in cases:
         problem = case.build()
@@ -150,6 +153,13 @@ def choose(
     return [by_name[name] for name in dict.fromkeys(names)]
 
 
+def default_device() -> str:
+    """A GPU if there is one."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def check_device(name: str) -> str:
     try:
         torch.empty(1, device=name)
@@ -193,15 +203,14 @@ def text_columns(rows: list[list[str]]) -> list[str]:
     return lines
 
 
-def _matplotlib() -> Any:
+def pyplot() -> Any:
+    """matplotlib's, for drawing into files. Raises ValueError when it is not installed."""
     try:
         import matplotlib
     except ImportError as error:
         raise invalid("--plot", "no matplotlib", "pip install 'anima-fast[bench]', or no --plot") from error
     matplotlib.use("Agg")  # a file is drawn; there may be no display
-    from matplotlib import pyplot
-
-    return pyplot
+    return importlib.import_module("matplotlib.pyplot")
 
 
 def _quartile(result: dict[str, Any], which: int) -> float:
@@ -218,7 +227,7 @@ def draw(document: dict[str, Any], path: str) -> None:
     if not cases:
         raise invalid("--plot", "no contender that was measured", "at least one")
     counts = [sum(r["status"] == "measured" for r in case["results"]) for case in cases]
-    figure, grid = _matplotlib().subplots(
+    figure, grid = pyplot().subplots(
         len(cases),
         2,
         squeeze=False,
@@ -250,7 +259,7 @@ def draw(document: dict[str, Any], path: str) -> None:
         color="#6b7280",
     )
     figure.savefig(path, dpi=160)
-    _matplotlib().close(figure)
+    pyplot().close(figure)
 
 
 def _bars(axes: Axes, results: list[dict[str, Any]], key: str, unit: float, name: str, form: str) -> None:

@@ -11,11 +11,12 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import invalid
+from ..runner.encoder import EncoderChoice, replacements
 from ..runner.model import find, load, quiet
 from ..runner.request import (
     DTYPES,
@@ -30,14 +31,17 @@ from ..runner.request import (
     stretched,
     write_png,
 )
-from .bench import check_device
+from .bench import check_device, default_device
+
+if TYPE_CHECKING:
+    from ..encoder.encoder import Encoder
 
 __all__ = ["read_request", "run"]
 
 
 def run(options: argparse.Namespace) -> int:
     """Exit code 1 if the model gives NaN."""
-    device = check_device(options.device or _default_device())
+    device = check_device(options.device or default_device())
     request = read_request(options, device)
     out = Path(options.out)
     if out.suffix.lower() != ".png":
@@ -49,7 +53,18 @@ def run(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     directory = find(request.model)
     watch = _Watch(out.with_suffix(".preview.png"), options.preview)
-    watch.pipe = load(directory, dtype=DTYPES[request.dtype], device=device, after_step=watch)
+    dtype = DTYPES[request.dtype]
+    components: dict[str, Any] = {}
+    if request.encoder is not None:
+        with warnings.catch_warnings(record=True) as of_files:
+            warnings.simplefilter("always", UserWarning)
+            encoder, choice = request.encoder.load(device=device, dtype=dtype)
+        notes += [str(w.message) for w in of_files if issubclass(w.category, UserWarning)]
+        request = dataclasses.replace(request, encoder=choice)
+        components = replacements(encoder, dtype)
+    watch.pipe = load(directory, dtype=dtype, device=device, after_step=watch, components=components)
+    if request.encoder is not None:
+        _check_width(watch.pipe, encoder)
     loaded = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught, quiet(), watch:
         warnings.simplefilter("always", UserWarning)
@@ -73,6 +88,7 @@ def run(options: argparse.Namespace) -> int:
         "model": request.model,
         "device": device,
         "dtype": request.dtype,
+        "encoder": None if request.encoder is None else dataclasses.asdict(request.encoder),
         "load_seconds": round(loaded - started, 3),
         "seconds": round(done - loaded, 3),
         "cross_attention_calls": dict(enabled.served),
@@ -99,8 +115,9 @@ def read_request(options: argparse.Namespace, device: str) -> Request:
     given: dict[str, Any] = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(Request)
-        if getattr(options, field.name, None) is not None and field.name not in ("regions", "image", "plan")
+        if getattr(options, field.name, None) is not None and field.name not in ("regions", "image", "plan", "encoder")
     }
+    given |= _encoder(options, like)
     if options.region:
         given["regions"] = _regions(options)
     elif options.region_strength or options.region_priority:
@@ -125,6 +142,33 @@ def read_request(options: argparse.Namespace, device: str) -> Request:
     return Request(**given)
 
 
+def _encoder(options: argparse.Namespace, like: Request | None) -> dict[str, EncoderChoice | None]:
+    """The encoder's options over those of the record; nothing if no option speaks of it."""
+    names = {
+        field.name: field.name for field in dataclasses.fields(EncoderChoice) if field.name not in ("file", "sums")
+    }
+    names["tokenizer"] = "encoder_tokenizer"
+    given = {name: getattr(options, option) for name, option in names.items() if getattr(options, option) is not None}
+    before = like.encoder if like is not None else None
+    if options.encoder == "stock":
+        if given:
+            raise invalid("--encoder", f"'stock' with --{names[next(iter(given))].replace('_', '-')}", "one without")
+        return {"encoder": None}
+    if options.encoder is not None:
+        return {"encoder": dataclasses.replace(before or EncoderChoice(""), file=options.encoder, **given)}
+    if not given:
+        return {}
+    if before is None:
+        raise invalid(f"--{names[next(iter(given))].replace('_', '-')}", "no --encoder", "--encoder FILE with it")
+    return {"encoder": dataclasses.replace(before, **given)}
+
+
+def _check_width(pipe: Any, encoder: Encoder) -> None:
+    width = pipe.text_conditioner.config.source_dim
+    if encoder.config.output_size != width:
+        raise invalid("--encoder", f"an encoder of {encoder.config.output_size} dimensions", f"{width}, the model's")
+
+
 def _regions(options: argparse.Namespace) -> tuple[RequestRegion, ...]:
     count = len(options.region)
     values = {}
@@ -142,12 +186,6 @@ def _regions(options: argparse.Namespace) -> tuple[RequestRegion, ...]:
         mask = Embedded.read(text[:cut], "--region")
         regions.append(RequestRegion(mask, text[cut + 1 :], values["strength"][i], values["priority"][i]))
     return tuple(regions)
-
-
-def _default_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 class _Watch(contextlib.AbstractContextManager["_Watch"]):

@@ -112,7 +112,7 @@ class Alignment:
         Raises FileNotFoundError; ValueError for a damaged file, wrong tensors, or a matrix that is not orthogonal.
         """
         tensors, origin, report = load_tensors(path, "Alignment", {"rotation": 2, "mean_4b": 1, "mean_06b": 1}, {})
-        found = cls(*(tensors[name] for name in _FILE_NAMES.values()), origin, report)
+        found = cls(**{field: tensors[name] for field, name in _FILE_NAMES.items()}, origin=origin, report=report)
         rotation = found.rotation.double()
         error = float((rotation @ rotation.T - torch.eye(len(rotation), dtype=torch.float64)).abs().max())
         if error > 1e-2:

@@ -32,8 +32,16 @@ __all__ = ["Calibration", "CalibrationFit", "Moments", "affine", "fingerprint"]
 #: Of the median σ: below it a dimension counts as constant.
 _SMALLEST = 1e-3
 
-_SEED = ("scale", "bias", "mean_4b", "std_4b", "mean_06b", "std_06b")
-_ROTATED = ("mean_4b_rotated", "std_4b_rotated")
+# Field -> name in files: those that the published ones have, and those after a rotation.
+_PUBLISHED = {
+    "scale": "scale",
+    "bias": "bias",
+    "source_mean": "mean_4b",
+    "source_std": "std_4b",
+    "target_mean": "mean_06b",
+    "target_std": "std_06b",
+}
+_ROTATED = {"rotated_mean": "mean_4b_rotated", "rotated_std": "std_4b_rotated"}
 
 
 class Moments:
@@ -133,10 +141,8 @@ class Calibration:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file with the published names (and `*_rotated`); whole or not at all."""
-        fields = (self.scale, self.bias, self.source_mean, self.source_std, self.target_mean, self.target_std)
-        tensors = dict(zip(_SEED, fields, strict=True))
-        if self.rotated_mean is not None and self.rotated_std is not None:
-            tensors |= dict(zip(_ROTATED, (self.rotated_mean, self.rotated_std), strict=True))
+        names = _PUBLISHED if self.rotated_std is None else _PUBLISHED | _ROTATED
+        tensors = {name: getattr(self, field) for field, name in names.items()}
         save_tensors(path, "Calibration", tensors, self.origin, self.report)
 
     @classmethod
@@ -145,16 +151,15 @@ class Calibration:
 
         Raises FileNotFoundError; ValueError for a damaged file, wrong tensors, or a negative σ.
         """
-        required, optional = dict.fromkeys(_SEED, 1), dict.fromkeys(_ROTATED, 1)
+        required, optional = (dict.fromkeys(names.values(), 1) for names in (_PUBLISHED, _ROTATED))
         tensors, origin, report = load_tensors(path, "Calibration", required, optional)
         if len(tensors.keys() & optional) == 1:
-            raise invalid("calibration", f"{str(path)!r} with one of {' and '.join(_ROTATED)}", "both or none")
-        for name in ("std_4b", "std_06b", "std_4b_rotated"):
-            if name in tensors and bool((tensors[name] < 0).any()):
+            raise invalid("calibration", f"{str(path)!r} with one of {' and '.join(optional)}", "both or none")
+        for name, tensor in tensors.items():
+            if name.startswith("std_") and bool((tensor < 0).any()):
                 raise invalid("calibration", f"{str(path)!r}, {name} with negative values", "values >= 0")
-        return cls(
-            *(tensors[name] for name in _SEED), *(tensors.get(name) for name in _ROTATED), origin=origin, report=report
-        )
+        fields: dict[str, Any] = {f: tensors.get(name) for f, name in (_PUBLISHED | _ROTATED).items()}
+        return cls(**fields, origin=origin, report=report)
 
 
 class CalibrationFit:
@@ -195,11 +200,12 @@ class CalibrationFit:
             "scale": _range(scale),
             "bias_mean": float(bias.mean()),
         }
-        rotated: tuple[torch.Tensor, torch.Tensor] | None = None
+        rotated: dict[str, torch.Tensor] = {}
         if self.alignment is not None:
-            rotated = self.rotated.mean.float(), self.rotated.std.float()
+            mean, std = self.rotated.mean.float(), self.rotated.std.float()
+            rotated = {"rotated_mean": mean, "rotated_std": std}
             report["alignment"] = fingerprint(self.alignment)
-            report["scale_rotated"] = _range(_scale_and_bias(*rotated, self.target.mean, self.target.std)[0])
+            report["scale_rotated"] = _range(_scale_and_bias(mean, std, self.target.mean, self.target.std)[0])
         if kept:
             warnings.warn(
                 f"{kept} of {len(scale)} dimensions of the source hardly move: their scale is 1", stacklevel=2
@@ -207,8 +213,11 @@ class CalibrationFit:
         return Calibration(
             scale,
             bias,
-            *(t.float() for side in (self.source, self.target) for t in (side.mean, side.std)),
-            *(rotated or (None, None)),
+            self.source.mean.float(),
+            self.source.std.float(),
+            self.target.mean.float(),
+            self.target.std.float(),
+            **rotated,
             origin=origin or Origin(),
             report=report,
         )

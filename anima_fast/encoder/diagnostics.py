@@ -23,7 +23,7 @@ import torch
 from ..errors import invalid
 from .calibration import Moments
 
-__all__ = ["Diagnostics", "draw", "figures", "pool", "rows_of_table"]
+__all__ = ["Diagnostics", "draw", "draw_alignment", "pool", "rows_of_table"]
 
 
 def pool(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -99,7 +99,7 @@ class _Figure:
     form: str
 
 
-figures = (
+_FIGURES = (
     _Figure("mean", "global mean", "{:.4g}"),
     _Figure("std", "global std", "{:.4g}"),
     _Figure("l2_per_token", "L2 per token", "{:.4g}"),
@@ -123,13 +123,17 @@ def scale_range(result: Mapping[str, Any], target: Mapping[str, Any] | None) -> 
 def rows_of_table(results: Mapping[str, Mapping[str, Any]], target: Mapping[str, Any] | None = None) -> list[list[str]]:
     """The figures as rows of text, a column for each result."""
     rows = [["", *results]]
-    for figure in figures:
+    for figure in _FIGURES:
         values = [result[figure.key] for result in results.values()]
         rows.append([figure.label, *("-" if value is None else figure.form.format(value) for value in values)])
     ranges = [scale_range(result, target) for result in results.values()]
     name = "per-dimension std" if target is None else "per-dimension scale"
     for key in ("min", "mean", "max"):
         rows.append([f"{name}, {key}", *("-" if found is None else f"{found[key]:.4g}" for found in ranges)])
+    for key, label in (("cosine_with_target", "cosine with target"), ("centred_cosine_with_target", "  centred")):
+        if any(key in result for result in results.values()):
+            values = [result.get(key) for result in results.values()]
+            rows.append([label, *("-" if value is None else f"{value:.3f}" for value in values)])
     return rows
 
 
@@ -153,7 +157,7 @@ def draw(
     height = 1.1 + 0.3 * len(results)
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 2 * height + 1.2), layout="constrained")
     names = list(results)
-    for place, entry in zip(axes.flat, figures, strict=False):
+    for place, entry in zip(axes.flat, _FIGURES, strict=False):
         values = [results[name][entry.key] for name in names]
         drawn = [0.0 if value is None else value for value in values]
         place.barh(range(len(names)), drawn, color=[_colour(name) for name in names], height=0.72)
@@ -195,3 +199,41 @@ def _style(axes: Any, title: str) -> None:
     axes.tick_params(axis="y", length=0)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def draw_alignment(report: Mapping[str, Any], path: str | os.PathLike[str], *, pyplot: Any, title: str = "") -> None:
+    """What a fit says of its held-out prompts: cosines of each category before, after, and of the mean alone."""
+    measures = {
+        "before": ("before", "#cfd4dd"),
+        "the target's mean alone": ("of_mean", "#8d95a3"),
+        "after": ("after", "#2f6fde"),
+        "centred, before": ("centred_before", "#f1cdb4"),
+        "centred, after": ("centred_after", "#c2571a"),
+    }
+    rows = {"all": {measure: report[measure]["mean"] for measure, _ in measures.values()}}
+    rows |= {name or "no category": entry for name, entry in (report.get("categories") or {}).items()}
+    figure, axes = pyplot.subplots(figsize=(10, 1.6 + 0.75 * len(rows)), layout="constrained")
+    height = 0.8 / len(measures)
+    low = 0.0
+    for j, (label, (measure, colour)) in enumerate(measures.items()):
+        places = [i + (j - (len(measures) - 1) / 2) * height for i in range(len(rows))]
+        values = [row[measure] for row in rows.values()]
+        low = min(low, *values)
+        axes.barh(places, values, height=height, color=colour, label=label)
+        for place, value in zip(places, values, strict=True):
+            side = "left" if value >= 0 else "right"
+            axes.text(
+                value + (0.008 if value >= 0 else -0.008), place, f"{value:.3f}", va="center", ha=side, fontsize=7
+            )
+    names = [f"{name} ({row['held_out']})" if "held_out" in row else name for name, row in rows.items()]
+    axes.set_yticks(range(len(rows)), names, fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(low - (0.08 if low < 0 else 0), 1.09)
+    axes.axvline(0, color=_GREY, linewidth=0.6)
+    axes.legend(fontsize=8, frameon=False, ncols=len(measures), loc="upper center", bbox_to_anchor=(0.45, -0.06))
+    r2 = "" if report["r2"] is None else f"   R² {report['r2']:.3f}, with the best scale {report['r2_scaled']:.3f}"
+    _style(axes, f"cosine on {report['held_out']} held-out prompts{r2}")
+    if title:
+        figure.suptitle(title, fontsize=9, color=_GREY)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,15 @@ def find(model: str) -> Path:
 
 
 def load(
-    directory: Path, *, dtype: torch.dtype, device: torch.device | str, after_step: StepCallback | None = None
+    directory: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    after_step: StepCallback | None = None,
+    components: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The pipeline with all its components in `dtype` on `device`.
+    """The pipeline with all its components in `dtype` on `device`; `components` are taken in place of its own, which
+    are not loaded.
 
     Raises ValueError that names the component which cannot be loaded.
     """
@@ -73,6 +79,7 @@ def load(
             if after_step is not None:
                 loop.sub_blocks["after_step"] = _step_block(after_step)
         pipe = blocks.init_pipeline(str(directory))
+        pipe.update_components(**(components or {}))
         for name in pipe.component_names:
             _check_folder(pipe.get_component_spec(name), name)
         pipe.load_components(dtype=dtype)

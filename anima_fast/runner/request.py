@@ -25,6 +25,7 @@ from ..files import write_atomic
 from ..integrations.diffusers import PLAN_KEYWORDS, Enabled, Region, enable
 from ..masks import MAX_MASK_PIXELS, load_mask
 from ..plan import RegionPlan
+from .encoder import EncoderChoice
 from .model import DEFAULT_MODEL
 
 __all__ = ["CHUNK", "DTYPES", "Embedded", "Request", "RequestRegion", "generate", "preview", "read_record", "write_png"]
@@ -95,6 +96,7 @@ class Request:
     plan: dict[str, Any] = dataclasses.field(default_factory=dict)
     dtype: str = "fp32"
     model: str = DEFAULT_MODEL
+    encoder: EncoderChoice | None = None  # None: the model's own
 
     def check(self) -> None:
         """Raises what can be said without the model. Errors name the command's options."""
@@ -146,6 +148,7 @@ class Request:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["regions"] = [{**dataclasses.asdict(region), "mask": _pack(region.mask)} for region in self.regions]
         fields["image"] = None if self.image is None else _pack(self.image)
+        fields["encoder"] = None if self.encoder is None else dataclasses.asdict(self.encoder)
         return {"anima_fast": __version__, **fields}
 
     @classmethod
@@ -166,7 +169,9 @@ class Request:
             regions = tuple(RequestRegion(**{**r, "mask": _unpack(r["mask"])}) for r in fields.get("regions", ()))
             image = fields.get("image")
             width, height = fields.get("size", (1024, 1024))
-            return cls(**fields | dict(regions=regions, image=image and _unpack(image), size=(int(width), int(height))))
+            encoder = fields.get("encoder")
+            packed = dict(image=image and _unpack(image), encoder=encoder and EncoderChoice(**encoder))
+            return cls(**fields | packed | dict(regions=regions, size=(int(width), int(height))))
         except (KeyError, TypeError, ValueError) as error:
             raise invalid("record", f"one that does not fit ({error})", "what anima-fast generate wrote") from error
 
