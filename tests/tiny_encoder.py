@@ -33,33 +33,37 @@ CONFIG = EncoderConfig(
 BASE = dataclasses.replace(CONFIG, head_size=None, last_mlp=True)
 
 
-def tensors(config: EncoderConfig = CONFIG, dtype=torch.float32, fp8=False, seed=0) -> dict[str, torch.Tensor]:
+def value(name: str, shape, generator) -> torch.Tensor:
+    """Random numbers of the scale that a trained tensor of that name has."""
+    noise = torch.randn(shape, generator=generator)
+    if name == "norm.1.weight":
+        return -0.003 + 0.02 * noise
+    if name.endswith("linear_attn.norm.weight"):
+        return 0.95 + 0.1 * noise
+    if name.endswith("norm.weight"):
+        return 0.2 + 0.2 * noise
+    if name.endswith("A_log"):  # a memory of tokens to hundreds of them
+        return torch.empty(shape).uniform_(0.01, 1, generator=generator).log()
+    if name.endswith("dt_bias"):
+        return noise - 1
+    if name.endswith("conv1d.weight"):
+        return 0.5 * noise
+    if name.endswith("bias"):
+        return 0.1 * noise
+    return noise if name == "embed_tokens.weight" else noise * shape[-1] ** -0.5
+
+
+def dtype_of(name: str, shape, dtype=torch.float32, fp8=False) -> torch.dtype:
     """`fp8`: matrices of layers and head in E4M3, as in the published file."""
+    return torch.float8_e4m3fn if fp8 and len(shape) == 2 and name != "embed_tokens.weight" else dtype
+
+
+def tensors(config: EncoderConfig = CONFIG, dtype=torch.float32, fp8=False, seed=0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    made = {}
-    for name, shape in config.shapes().items():
-        noise = torch.randn(shape, generator=generator)
-        if name == "norm.1.weight":
-            value = -0.003 + 0.02 * noise
-        elif name.endswith("linear_attn.norm.weight"):
-            value = 0.95 + 0.1 * noise
-        elif name.endswith("norm.weight"):
-            value = 0.2 + 0.2 * noise
-        elif name.endswith("A_log"):
-            value = torch.empty(shape).uniform_(0.01, 16, generator=generator).log()
-        elif name.endswith("dt_bias"):
-            value = noise - 1
-        elif name.endswith("conv1d.weight"):
-            value = 0.5 * noise
-        elif name.endswith("bias"):
-            value = 0.1 * noise
-        elif name == "embed_tokens.weight":
-            value = noise
-        else:
-            value = noise * shape[-1] ** -0.5
-        matrix = value.ndim == 2 and name != "embed_tokens.weight"
-        made[name] = value.to(torch.float8_e4m3fn if fp8 and matrix else dtype)
-    return made
+    return {
+        name: value(name, shape, generator).to(dtype_of(name, shape, dtype, fp8))
+        for name, shape in config.shapes().items()
+    }
 
 
 def tokenizer():

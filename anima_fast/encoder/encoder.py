@@ -55,7 +55,7 @@ def load(
         config: values that tensor shapes do not tell, under transformers' names: linear_num_key_heads,
             linear_key_head_dim, rope_theta, partial_rotary_factor, rms_norm_eps. Default: the file's metadata
             ("config", JSON), a config.json beside it, Qwen3.5's. Everything else must agree with the tensors.
-        tokenizer: a directory or file with Qwen3.5's tokenizer, or a loaded one. Default: the files beside the
+        tokenizer: Qwen3.5's tokenizer.json, its directory, or a loaded tokenizer. Default: the file beside the
             checkpoint, else a download. Looked for when the first prompt comes.
         alignment, alignment_strength, calibration, output_scale: what follows the head, all off by default.
         force: use an alignment or calibration that was fitted to another recurrence.

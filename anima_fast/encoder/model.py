@@ -32,11 +32,13 @@ except ImportError as error:
 
 from .ssm import ROPE, GatedAttention, PlainRMSNorm, SelectiveStateSpace, convolved
 
-__all__ = ["GatedDeltaNet", "Linear", "TextEncoder"]
+__all__ = ["GatedDeltaNet", "Linear", "TextEncoder", "widen"]
+
+_BLOCK = 1 << 21  # elements
 
 
 class Linear(nn.Module):
-    """`x Wᵀ + b` with W in any stored type, widened to x's."""
+    """`x Wᵀ + b` with W in any stored type, widened to x's; on a CPU a block of rows at a time, which a cache holds."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__()
@@ -44,20 +46,42 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs), requires_grad=False) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        weight, bias = self.weight, None if self.bias is None else self.bias.to(x.dtype)
+        if weight.dtype == x.dtype or x.device.type != "cpu":
+            return F.linear(x, weight.to(x.dtype), bias)
+        outputs, inputs = weight.shape
+        rows = max(_BLOCK // max(inputs, 1), 1)
+        y, wide = x.new_empty(*x.shape[:-1], outputs), x.new_empty(rows, inputs)
+        for start in range(0, outputs, rows):
+            narrow = weight[start : start + rows]
+            block = widen(narrow, wide[: len(narrow)])
+            torch.mm(x.flatten(0, -2), block.T, out=y.flatten(0, -2)[:, start : start + rows])
+        return y if bias is None else y.add_(bias)
+
+
+def widen(narrow: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+    """`wide.copy_(narrow)`, exact; for FP8 E4M3 by bits, which is ten times as fast as torch's conversion on a CPU.
+
+    Sign, exponent and mantissa of E4M3 (1, 4, 3 bits; bias 7) moved to those of FP16 (1, 5, 10; bias 15) read as the
+    number times 2⁻⁸, its subnormal numbers too. (The two codes of NaN read as 480: a checkpoint has none.)
+    """
+    if narrow.dtype != torch.float8_e4m3fn:
+        return wide.copy_(narrow)
+    bits = narrow.view(torch.int8).to(torch.int16)  # copies the sign into the upper half
+    bits <<= 7
+    bits &= -0x4080
+    return wide.copy_(bits.view(torch.float16)).mul_(256)
 
 
 class Embedding(nn.Module):
-    """Rows of a stored table, in the type that is computed in."""
+    """Rows of a stored table, in its type."""
 
-    def __init__(self, rows: int, size: int, dtype: torch.dtype) -> None:
+    def __init__(self, rows: int, size: int) -> None:
         super().__init__()
-        self.dtype = dtype
         self.weight = nn.Parameter(torch.empty(rows, size), requires_grad=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.weight[ids].to(self.dtype)
+        return self.weight[ids]
 
 
 class GatedDeltaNet(qwen.Qwen3_5GatedDeltaNet):
@@ -65,7 +89,8 @@ class GatedDeltaNet(qwen.Qwen3_5GatedDeltaNet):
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         q, k, v = convolved(self, hidden_states).split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
-        g = -self.A_log.float().exp() * F.softplus(self.in_proj_a(hidden_states).float() + self.dt_bias.float())
+        A_log, dt_bias = (p.to(hidden_states.device).float() for p in (self.A_log, self.dt_bias))
+        g = -A_log.exp() * F.softplus(self.in_proj_a(hidden_states).float() + dt_bias)
         o, _ = gated_delta_rule(
             q.unflatten(-1, (-1, self.head_k_dim)),
             k.unflatten(-1, (-1, self.head_k_dim)),
@@ -86,7 +111,7 @@ class _NoMLP(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Token ids `[B, L]` -> states `[B, L, output_size]`, of the model and its head.
+    """Token ids `[B, L]` -> states `[B, L, output_size]`: the layers (`model`) and then the head (`norm`).
 
     Args:
         config: sizes.
@@ -95,6 +120,7 @@ class TextEncoder(nn.Module):
         head_norm: "exp" or "one_plus" (`head`); says nothing for a checkpoint without a head.
         dtype: what is computed in.
         ops: False leaves transformers' own recurrent functions in place (gdn only), for comparison.
+        linear, embedding: classes with the arguments of torch's, for a host that manages weights itself.
     """
 
     def __init__(
@@ -105,38 +131,45 @@ class TextEncoder(nn.Module):
         head_norm: str = "exp",
         dtype: torch.dtype = torch.float32,
         ops: bool = True,
+        linear: Any = Linear,
+        embedding: Any = Embedding,
     ) -> None:
         super().__init__()
         if recurrence not in RECURRENCES:
             raise invalid("recurrence", repr(recurrence), "'gdn' | 'mamba2'")
+        self.dtype = dtype
         with torch.device("meta"):
-            self.text = _text_model(config, recurrence, dtype, ops)
+            self.model: Any = _text_model(config, recurrence, ops, linear, embedding)
             self.norm: nn.Module = nn.Identity()
             if config.head_size is None:
                 self.norm = (qwen.Qwen3_5RMSNorm if recurrence == "gdn" else PlainRMSNorm)(
                     config.hidden_size, config.rms_norm_eps
                 )
             else:
-                self.norm = Head(config.hidden_size, config.head_size, head_norm, config.rms_norm_eps, Linear)
+                self.norm = Head(config.hidden_size, config.head_size, head_norm, config.rms_norm_eps, linear)
         device = next(iter(tensors.values())).device
         # Its table is computed, not loaded, and so cannot come from the meta device.
-        self.text.rotary_emb = qwen.Qwen3_5TextRotaryEmbedding(self.text.config).to(device)
+        self.model.rotary_emb = qwen.Qwen3_5TextRotaryEmbedding(self.model.config).to(device)
         weights = {
-            (name if name.startswith("norm.") else f"text.{name}"): t if t.ndim == 2 else t.float()
+            (name if name.startswith("norm.") else f"model.{name}"): t if t.ndim == 2 else t.float()
             for name, t in tensors.items()
         }
         self.load_state_dict(weights, strict=True, assign=True)
         self.eval().requires_grad_(False)
 
-    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
-        """The states before the head, `[B, L, hidden_size]`."""
-        return self.text(input_ids=ids, use_cache=False).last_hidden_state
+    def hidden(self, states: torch.Tensor, layers: int | None = None) -> torch.Tensor:
+        """Embeddings `[B, L, hidden_size]` -> the states after `layers` layers (all), before the head."""
+        positions = torch.arange(states.shape[1], device=states.device)[None]
+        rotary = self.model.rotary_emb(states, positions)
+        for layer in self.model.layers[:layers]:
+            states = layer(states, position_embeddings=rotary, attention_mask=None)
+        return states
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.hidden(ids))
+        return self.norm(self.hidden(self.model.embed_tokens(ids).to(self.dtype)))
 
 
-def _text_model(config: EncoderConfig, recurrence: str, dtype: torch.dtype, ops: bool) -> nn.Module:
+def _text_model(config: EncoderConfig, recurrence: str, ops: bool, linear: Any, embedding: Any) -> nn.Module:
     """transformers' model with the modules that differ in their places."""
     rope: dict[str, Any] = {
         "rope_type": "default",
@@ -175,9 +208,9 @@ def _text_model(config: EncoderConfig, recurrence: str, dtype: torch.dtype, ops:
     for parent in list(text.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
-                setattr(parent, name, Linear(child.in_features, child.out_features))
+                setattr(parent, name, linear(child.in_features, child.out_features, bias=False))
             elif isinstance(child, nn.Embedding):
-                setattr(parent, name, Embedding(child.num_embeddings, child.embedding_dim, dtype))
+                setattr(parent, name, embedding(child.num_embeddings, child.embedding_dim))
             elif type(child) is qwen.Qwen3_5RMSNorm and recurrence == "mamba2":
                 setattr(parent, name, PlainRMSNorm(child.weight.shape[0], child.eps))
     text.norm = nn.Identity()  # the encoder's own norm or head comes after

@@ -50,14 +50,15 @@ class SelectiveStateSpace(qwen.Qwen3_5GatedDeltaNet):
             part.unflatten(-1, heads)
             for part in convolved(self, hidden_states).split([self.value_dim, self.key_dim, self.key_dim], -1)
         )
+        A_log, dt_bias = (p.to(hidden_states.device).float() for p in (self.A_log, self.dt_bias))
         y = ssd_chunk_scan(
             x,
             self.in_proj_b(hidden_states),
-            -self.A_log.float().exp(),
+            -A_log.exp(),
             B,
             C,
             D=self.in_proj_a(hidden_states),
-            dt_bias=self.dt_bias,
+            dt_bias=dt_bias,
             dt_softplus=True,
         )
         return self.out_proj(self.norm(y, self.in_proj_z(hidden_states).unflatten(-1, heads)).flatten(2))

@@ -4,8 +4,8 @@ Both are byte-level BPE over the same text and neither complains about the other
 Qwen3's special tokens begin at 151643 (`<|endoftext|>`), an ordinary word piece of Qwen3.5, whose own begin at 248044
 and end at 248076. Its 248,077 ids are fewer than the 248,320 rows of the embedding, which are padded.
 
-Only `tokenizer.json` is used where there is one: it holds the whole pipeline, and a class chosen by
-tokenizer_config.json may split text by another rule (Qwen2's, for one, knows no combining marks).
+Only `tokenizer.json` is read: it holds the whole pipeline, where a class chosen by tokenizer_config.json may split
+text by another rule (Qwen2's, for one, knows no combining marks).
 """
 
 from __future__ import annotations
@@ -23,19 +23,18 @@ PAD = "<|endoftext|>"
 ROWS = 248320
 IDS = {"<|endoftext|>": 248044, "<|im_start|>": 248045, "<|im_end|>": 248046}
 QWEN3_IDS = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}
-_FILES = "tokenizer.json (or vocab.json, merges.txt and tokenizer_config.json)"
 
 
 def load_tokenizer(tokenizer: Any, checkpoint: str | os.PathLike[str], rows: int) -> Any:
     """A transformers tokenizer for an encoder with `rows` embeddings.
 
     Args:
-        tokenizer: a directory, a tokenizer.json, or a loaded tokenizer; None: the files beside `checkpoint` (in its
+        tokenizer: a directory, a tokenizer.json, or a loaded tokenizer; None: the file beside `checkpoint` (in its
             directory, or there in one of its name without .safetensors, or in `tokenizer/`), else transformers'
             download of Qwen/Qwen3.5-4B, which keeps a copy.
 
     Raises:
-        FileNotFoundError: no files, and no download; says which files to put where.
+        FileNotFoundError: no file, and no download; says which file to put where.
         ValueError: not Qwen3.5's tokenizer, with the ids that tell.
     """
     if tokenizer is not None and not isinstance(tokenizer, (str, os.PathLike)):
@@ -48,26 +47,16 @@ def load_tokenizer(tokenizer: Any, checkpoint: str | os.PathLike[str], rows: int
     else:
         places = [Path(tokenizer)]
     for place in places:
-        loaded = _local(place)
-        if loaded is not None:
-            check_tokenizer(loaded, rows, repr(str(place)))
+        file = place if place.is_file() else place / "tokenizer.json"
+        if file.is_file():
+            loaded = _from_json(file)
+            check_tokenizer(loaded, rows, repr(str(file)))
             return loaded
     if tokenizer is not None:
-        raise FileNotFoundError(f"tokenizer: no {_FILES} in {str(places[0])!r}")
+        raise FileNotFoundError(f"tokenizer: no tokenizer.json in {str(places[0])!r}")
     loaded = _download(places[:2])
     check_tokenizer(loaded, rows, DOWNLOAD)
     return loaded
-
-
-def _local(place: Path) -> Any:
-    file = place if place.is_file() else place / "tokenizer.json"
-    if file.is_file():
-        return _from_json(file)
-    if (place / "vocab.json").is_file() and (place / "merges.txt").is_file():
-        from transformers import Qwen3_5Tokenizer
-
-        return Qwen3_5Tokenizer.from_pretrained(place)
-    return None
 
 
 def _from_json(file: Path) -> Any:
@@ -92,8 +81,8 @@ def _download(places: list[Path]) -> Any:
         where = " or ".join(repr(str(place)) for place in places)
         raise FileNotFoundError(
             f"tokenizer: none beside the checkpoint, and {DOWNLOAD} cannot be downloaded "
-            f"({str(error).splitlines()[0]}). Put {_FILES} of {DOWNLOAD} into {where}, or name the directory they "
-            "are in: tokenizer=..."
+            f"({str(error).splitlines()[0]}). Put the tokenizer.json of {DOWNLOAD} into {where}, or name the "
+            "directory it is in: tokenizer=..."
         ) from error
 
 
