@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+import torch
 from comfyui_version import __version__ as comfyui_version
 
+from ...encoder.adjust import ADVICE
+from ...encoder.files import HEAD_NORMS, RECURRENCES
+from ...errors import invalid
 from .patching import accelerate, apply_regions, parse_blocks, require_comfyui
 from .preview import preview
 from .regions import Region, Settings
 
 require_comfyui(comfyui_version)
 
+import folder_paths  # noqa: E402
 from comfy_api.latest import ComfyExtension, io, ui  # noqa: E402
 
 __all__ = ["comfy_entrypoint"]
 
 CATEGORY = "conditioning/anima"
+
+_NO_FILE = "none"
+_FILE_INPUTS = ("clip_name", "alignment_file", "calibration_file")
 
 RegionType = io.Custom("ANIMA_FAST_REGION")
 
@@ -26,6 +35,10 @@ def _regions_input() -> io.Autogrow.Input:
         RegionType.Input("region", tooltip="From an Anima Region node."), prefix="region", min=1, max=64
     )
     return io.Autogrow.Input("regions", template=template, tooltip="Any number of Anima Region nodes.")
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
 
 
 def _named(regions: dict[str, Region | None]) -> list[Region]:
@@ -104,8 +117,9 @@ class AnimaFastRegions(io.ComfyNode):
                     min=0.0,
                     max=2.0,
                     step=0.01,
-                    tooltip="logit: how strictly prompts keep to their masks; 0 not at all, 0.2 to 0.5 usual. blend has no "
-                    "use for it: there each region's own strength is its share, and the base prompt gets the rest.",
+                    tooltip="logit: how strictly prompts keep to their masks; 0 not at all, 0.2 to 0.5 usual. blend "
+                    "has no use for it: there each region's own strength is its share, and the base prompt gets the "
+                    "rest.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -329,9 +343,134 @@ class AnimaFastRegionPreview(io.ComfyNode):
         return io.NodeOutput(grid, weights, ui=ui.PreviewImage(grid, cls=cls))
 
 
+class AnimaFastLoadQwen35CLIP(io.ComfyNode):
+    """Files are looked for among ComfyUI's text encoders; what each setting does is said by `encoder.adjust.ADVICE`."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        files = folder_paths.get_filename_list("text_encoders")
+        return io.Schema(
+            node_id="AnimaFastLoadQwen35CLIP",
+            display_name="Load Qwen3.5 CLIP (Anima)",
+            category="loaders/anima",
+            description="The hybrid text encoder for Anima (Qwen3.5-4B with a head). Start with everything off; then "
+            "alignment at strength 0.5; calibration last.",
+            search_aliases=["qwen35", "qwen3.5", "text encoder", "mamba2", "gated delta net"],
+            inputs=[
+                io.Combo.Input("clip_name", options=files, tooltip="The encoder, from models/text_encoders."),
+                io.Combo.Input(
+                    "recurrence",
+                    options=list(RECURRENCES),
+                    default="gdn",
+                    tooltip="gdn: the layers as the model has them. mamba2: as the first node for this encoder read "
+                    "them, for alignment and calibration files that were made with it.",
+                ),
+                io.Boolean.Input("use_alignment", default=False, tooltip=_sentence(ADVICE["alignment"])),
+                io.Float.Input(
+                    "alignment_strength",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip=_sentence(ADVICE["alignment_strength"]),
+                ),
+                io.Boolean.Input("use_calibration", default=False, tooltip=_sentence(ADVICE["calibration"])),
+                io.Float.Input(
+                    "output_scale",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.05,
+                    tooltip=_sentence(ADVICE["output_scale"]),
+                ),
+                io.Combo.Input(
+                    "alignment_file",
+                    options=[_NO_FILE, *files],
+                    default=_NO_FILE,
+                    tooltip="For use_alignment: from models/text_encoders, as anima-fast encoder fit-alignment "
+                    "wrote it.",
+                ),
+                io.Combo.Input(
+                    "calibration_file",
+                    options=[_NO_FILE, *files],
+                    default=_NO_FILE,
+                    tooltip="For use_calibration: from models/text_encoders, as anima-fast encoder fit-calibration "
+                    "wrote it.",
+                ),
+                io.Combo.Input(
+                    "head_norm",
+                    options=list(HEAD_NORMS),
+                    default="exp",
+                    advanced=True,
+                    tooltip="The factor of the head's norm for a weight w: exp(w), or 1 + w. They hardly differ.",
+                ),
+                io.String.Input(
+                    "tokenizer",
+                    default="",
+                    advanced=True,
+                    tooltip="A directory with the tokenizer.json of Qwen/Qwen3.5-4B. Empty: beside the encoder, else "
+                    "it is downloaded.",
+                ),
+                io.Combo.Input("device", options=["default", "cpu"], default="default", advanced=True),
+            ],
+            outputs=[io.Clip.Output(display_name="clip")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> Any:
+        """Load again when a file was written anew under the same name."""
+        paths = (folder_paths.get_full_path("text_encoders", inputs[name] or "") for name in _FILE_INPUTS)
+        return [(path, os.stat(path).st_mtime_ns) for path in paths if path]
+
+    @classmethod
+    def execute(
+        cls,
+        clip_name: str,
+        recurrence: str,
+        use_alignment: bool,
+        alignment_strength: float,
+        use_calibration: bool,
+        output_scale: float,
+        alignment_file: str,
+        calibration_file: str,
+        head_norm: str,
+        tokenizer: str,
+        device: str,
+    ) -> io.NodeOutput:
+        from .encoder import load_clip  # transformers, which takes seconds, only for who asks for it
+
+        def path(used: bool, name: str, argument: str) -> str | None:
+            if not used:
+                return None
+            if name == _NO_FILE:
+                raise invalid(argument, repr(name), "a file of models/text_encoders, or its use_ switch off")
+            return folder_paths.get_full_path_or_raise("text_encoders", name)
+
+        cpu = torch.device("cpu")
+        clip = load_clip(
+            folder_paths.get_full_path_or_raise("text_encoders", clip_name),
+            recurrence,
+            head_norm,
+            alignment=path(use_alignment, alignment_file, "alignment_file"),
+            alignment_strength=alignment_strength,
+            calibration=path(use_calibration, calibration_file, "calibration_file"),
+            output_scale=output_scale,
+            tokenizer=tokenizer.strip() or None,
+            embedding_directory=folder_paths.get_folder_paths("embeddings"),
+            model_options={"load_device": cpu, "offload_device": cpu} if device == "cpu" else {},
+        )
+        return io.NodeOutput(clip)
+
+
 class AnimaFast(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [AnimaFastRegion, AnimaFastRegions, AnimaFastAccelerate, AnimaFastRegionPreview]
+        return [
+            AnimaFastRegion,
+            AnimaFastRegions,
+            AnimaFastAccelerate,
+            AnimaFastRegionPreview,
+            AnimaFastLoadQwen35CLIP,
+        ]
 
 
 async def comfy_entrypoint() -> AnimaFast:
