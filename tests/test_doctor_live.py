@@ -148,7 +148,8 @@ def table(**kinds):
         elif kind.startswith("= "):
             rows.append(Row(test, "skipped", why="nothing to change", same_as=kind[2:]))
         else:
-            rows.append(Row(test, "measured", dataclasses.replace(base, kind=kind)))
+            slope = {"picture": -2.4, "unclear": -1.8}.get(kind, 0.0)
+            rows.append(Row(test, "measured", dataclasses.replace(base, kind=kind, slope=slope)))
     return rows
 
 
@@ -156,8 +157,9 @@ BAD = dict(workflow="noise", baseline="picture", files="picture", first_pass="= 
 OFF = dict(BAD, regions_off="noise")
 BRANCHES = {
     "nothing wrong": (dict(workflow="picture"), "none", ()),
-    "nothing known": ({}, "undecided", ("workflow",)),
-    "unclear": (dict(workflow="unclear"), "undecided", ()),
+    "nothing known": ({}, "undecided", ("workflow", "baseline")),
+    "unclear": (dict(workflow="unclear"), "undecided", ("baseline",)),
+    "unclear, as is the baseline": (dict(workflow="unclear", baseline="unclear"), "undecided", ()),
     "baseline next": (dict(workflow="noise"), "undecided", ("baseline",)),
     "baseline fails too": (dict(workflow="noise", baseline="noise", files="= baseline"), "model_stack", ()),
     "baseline black": (dict(workflow="blank", baseline="blank", files="= baseline"), "model_stack", ()),
@@ -683,7 +685,7 @@ def test_interrupted_while_running(fake):
 
     with connect(fake) as server:
         run = live.run(workflow(), server, tell=tell)
-    assert run.interrupted and run.verdict.missing == ("workflow",)
+    assert run.interrupted and run.verdict.missing == ("workflow", "baseline")
     assert fake.interrupted == [fake.running] and None not in fake.interrupted
 
 
@@ -728,3 +730,13 @@ def test_without_the_packages(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ServerError, match=r"pip install 'anima-fast\[doctor\]'"):
         Server("127.0.0.1:8188")
+
+
+def test_unclear_counts_by_the_baseline():
+    """Structured noise beside a clear picture fails; what is nearly as steep as the picture stays undecided."""
+    base = noise_measures()
+    clear = Row("baseline", "measured", dataclasses.replace(base, kind="picture", slope=-2.4))
+    others = table(files="= baseline", first_pass="= workflow", regions_off="picture", zero_strength="picture")
+    for slope, fault in ((-0.9, "regions"), (-1.8, "undecided")):
+        row = Row("workflow", "measured", dataclasses.replace(base, kind="unclear", slope=slope))
+        assert verdict.verdict([clear, row, *others]).fault == fault

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import urllib.parse
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,7 +60,7 @@ def facts(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         "Python": str(system.get("python_version") or "").split(" ")[0] or None,
         "torch": torch or None,
         "CUDA": _cuda(torch),
-        "driver": _driver(str(found.get("address", ""))),
+        "driver": _driver(bool(found.get("is_local"))),
         "devices": [str(d.get("name")) for d in devices] or None,
         "VRAM": [f"{d.get('vram_total', 0) / 2**30:.1f} GiB" for d in devices if d.get("type") != "cpu"] or None,
         "attention": _attention(argv, log),
@@ -92,11 +91,10 @@ def _cuda(torch: str) -> str | None:
     return f"{local[1]}.{local[2]}" if local else None
 
 
-def _driver(address: str) -> str | None:
+def _driver(local: bool) -> str | None:
     """Of this machine, if it is the server's."""
-    host = urllib.parse.urlsplit(address).hostname or ""
     program = shutil.which("nvidia-smi")
-    if program is None or not (host in ("localhost", "::1") or host.startswith("127.")):
+    if program is None or not local:
         return None
     command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
     try:

@@ -17,10 +17,12 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import re
 import time
 import urllib.parse
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -33,6 +35,9 @@ Prompt = dict[str, dict[str, Any]]
 
 #: Nothing that a server is asked for is larger: /object_info with hundreds of packs is some 20 MB, a picture less.
 _LARGEST_ANSWER = 512 * 2**20
+
+#: Colours, and the level in front of a line.
+_DECORATION = re.compile(r"\x1b\[[0-9;]*m|^(\x1b\[[0-9;]*m)*\[[A-Z]+\](\x1b\[[0-9;]*m)* *")
 
 #: Between looks at the history while nothing comes over the websocket, in seconds.
 _LOOK = 2.0
@@ -163,7 +168,25 @@ class Server:
         except (ValueError, KeyError, TypeError):
             return [], since
         text = "".join(message for moment, message in new if moment > since)
-        return text.splitlines(), max((moment for moment, _ in new), default=since)
+        lines = [_DECORATION.sub("", line) for line in text.splitlines()]
+        return lines, max((moment for moment, _ in new), default=since)
+
+    def regional_log(self) -> list[str]:
+        """The last lines of the file in which anima-regional-comfy-nodes logs shapes: on this machine only."""
+        if not self.is_local:
+            return []
+        status, body = self._request("GET", "/internal/folder_paths")
+        try:
+            folders = json.loads(body)["custom_nodes"] if status == 200 else []
+            files = [file for folder in folders for file in Path(folder).glob("*/anima_regional_debug.log")]
+            return [line for file in files for line in file.read_text(errors="replace").splitlines()[-400:]]
+        except (ValueError, KeyError, TypeError, OSError):
+            return []
+
+    @property
+    def is_local(self) -> bool:
+        host = urllib.parse.urlsplit(self.address).hostname or ""
+        return host in ("localhost", "::1") or host.startswith("127.")
 
     def fetch(self, file: File) -> bytes:
         """The bytes of an output file."""
@@ -179,6 +202,7 @@ class Server:
 
         found: dict[str, Any] = {
             "address": self.address,
+            "is_local": self.is_local,
             "system_stats": self.system_stats(),
             "object_info": self.object_info(),
             "extensions": self.extensions(),

@@ -1,6 +1,7 @@
 """From the measured table of the tests to the fault line, or to what is missing to draw it. Pure: no input, no output.
 
-The tree (a test "works" if its result is a picture, "fails" if it is noise or blank):
+The tree (a test "works" if its result is a picture, "fails" if it is noise or blank, or unclear but by the slope of the
+spectrum nearer to noise than to the baseline's picture):
 
     workflow works ------------------------------------------------- nothing to find
     baseline fails ------------------------------------------------- model_stack: files, or the server itself
@@ -101,6 +102,9 @@ def verdict(rows: Iterable[Row]) -> Verdict:
             passed.add(test)
         return test
 
+    clear = table.get(stand_in("baseline"))
+    reference = clear.measures.slope if clear is not None and clear.kind == "picture" and clear.measures else None
+
     def works(test: str) -> bool | None:
         """True a picture, False noise, None not known; what was asked is evidence."""
         other = stand_in(test)
@@ -109,6 +113,9 @@ def verdict(rows: Iterable[Row]) -> Verdict:
             _add(seen, _line(row))
         if other != test:
             _add(seen, f"{test}: same as {other} ({table[test].why})")
+        if row is not None and row.kind == "unclear" and reference is not None and row.measures is not None:
+            # Half as steep as what the same server draws: nearer to noise.
+            return False if row.measures.slope > reference / 2 else None
         return {"picture": True, "noise": False, "blank": False}.get(row.kind or "") if row is not None else None
 
     def settled(test: str) -> bool:
@@ -145,7 +152,7 @@ def verdict(rows: Iterable[Row]) -> Verdict:
     row = table.get("workflow")
     runs = row is None or row.status != "failed"
     if runs and workflow is None:
-        return undecided("workflow")
+        return undecided("workflow", "baseline")
     baseline = works("baseline")
     if baseline is None:
         failed = table.get("baseline")
