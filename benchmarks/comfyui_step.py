@@ -89,7 +89,8 @@ class Bench:
         weights = tiny_anima.state_dict(channels=2048, blocks=chosen.blocks)
         self.model = comfy.sd.load_diffusion_model_state_dict(weights)
         self.seconds = {"modules": 0.0, "calls": 0.0, "step": 0.0}
-        self.peak = None
+        self.peak = None  # of an attention call; a number while memory is measured
+        self.whole = 0
         for block in self.model.model.diffusion_model.blocks:
             attention = block.cross_attn
             attention.attn_op = self._measured("calls", attention.attn_op)
@@ -106,6 +107,7 @@ class Bench:
         def measured(*arguments, **keywords):
             before = None
             if self.peak is not None and name == "calls":
+                self.whole = max(self.whole, high_water())
                 reset_high_water()
                 before = resident()
             if name == "step":
@@ -206,15 +208,15 @@ class Bench:
         hooked = apply.apply(joined, self.negative, template, start_percent=0.0, model=self.model)
         return self.model, *hooked
 
-    def step(self, sampled):
-        """The latent after two steps; what the second took is in `seconds`. In the first, prompts go through the
+    def step(self, sampled, steps=2):
+        """The sampled latent; what the last step took is in `seconds`. In the first, prompts go through the
         adapter and plans are bound, which is done once a run, by the stock model as by every variant."""
         model, positive, negative = sampled
         latent = self.torch.zeros(1, 16, 1, self.height // 8, self.width // 8)
         noise = self.torch.randn(latent.shape, generator=self.torch.Generator().manual_seed(5))
         with self.torch.inference_mode():
             return self.comfy.sample.sample(
-                model, noise, 2, 4.0, "euler", "simple", positive, negative, latent, disable_pbar=True, seed=1
+                model, noise, steps, 4.0, "euler", "simple", positive, negative, latent, disable_pbar=True, seed=1
             )
 
 
@@ -239,14 +241,14 @@ def reset_high_water() -> None:
 
 def memory_of(bench: Bench, name: str) -> dict[str, float]:
     """MiB above what was there before: the largest cross-attention call, and the whole step."""
-    bench.step(bench.variant("stock"))  # weights, buffers of the libraries
+    for first in ("stock", name):  # weights, libraries and their buffers
+        bench.step(bench.variant(first), steps=1)
     sampled = bench.variant(name)
     before = resident()
+    bench.peak = bench.whole = 0
     reset_high_water()
-    bench.step(sampled)
-    step = high_water() - before
-    bench.peak = 0
-    bench.step(bench.variant(name))
+    bench.step(sampled, steps=1)
+    step = max(bench.whole, high_water()) - before
     return {"call": bench.peak / 2**20, "step": step / 2**20}
 
 
