@@ -197,6 +197,19 @@ WIDGETS: dict[str, tuple[str, ...]] = {
     "AnimaRegionalConditioningConcat": ("base_position",),
     # anima_fast
     "AnimaFastAccelerate": ("debug",),
+    "AnimaFastLoadQwen35CLIP": (
+        "clip_name",
+        "recurrence",
+        "use_alignment",
+        "alignment_strength",
+        "use_calibration",
+        "output_scale",
+        "alignment_file",
+        "calibration_file",
+        "head_norm",
+        "tokenizer",
+        "device",
+    ),
     "AnimaFastRegion": ("strength", "priority", "name"),
     "AnimaFastRegionPreview": ("width", "height", "normalize_overlaps", "resample"),
     "AnimaFastRegions": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from sampling import sample
 
 sys.path.append(str(Path(__file__).parents[1]))
 import tiny_encoder
+
+from anima_fast.doctor.node_types import WIDGETS
 
 CONFIG = dataclasses.replace(tiny_encoder.CONFIG, head_size=1024)
 PROMPT = r"a red (cat:1.3) on the ((left)), \(sea\)"
@@ -198,6 +201,16 @@ def test_node_and_defaults(node):
     assert (defaults["alignment_strength"], defaults["output_scale"]) == (0.5, 1.0)
     assert defaults["recurrence"] == "gdn"
     assert all(i.tooltip for i in schema.inputs if i.id != "device")
+    names = tuple(i.id for i in schema.inputs)
+    assert names == WIDGETS[schema.node_id]
+    root = Path(__file__).parents[2]
+    saved = json.loads((root / "example_workflows" / "anima_qwen35.json").read_text())["nodes"]
+    saved = next(n for n in saved if n["type"] == schema.node_id)
+    assert tuple(i["name"] for i in saved["inputs"]) == names
+    api = json.loads((root / "examples" / "comfyui" / "qwen35_api.json").read_text()).values()
+    api = next(n["inputs"] for n in api if n["class_type"] == schema.node_id)
+    assert api == dict(zip(names, saved["widgets_values"], strict=True))
+    assert all(defaults[name] == value for name, value in api.items() if defaults[name] is not None)
 
 
 @given(st.text(alphabet="ab ():1.2\\n,", max_size=24))
