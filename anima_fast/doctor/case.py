@@ -69,8 +69,7 @@ class Case:
         if any(node.class_type.startswith(("AnimaFast", "AnimaLLLite")) or regional(node) for node in self.nodes):
             return True
         names = [self.workflow.value(node.id, "clip_name") for node in self.nodes if node.class_type == "CLIPLoader"]
-        others = any(is_anima(self.workflow, one.path) is False for one in self.passes)
-        return not others and any(isinstance(name, str) and family("encoder", name) == "anima" for name in names)
+        return any(isinstance(name, str) and family("encoder", name) == "anima" for name in names)
 
     def label(self, node: str) -> str:
         found = self.workflow.nodes.get(node)

@@ -204,10 +204,13 @@ def _members(text: str, span: _Span, values: Sequence[Any], added: Sequence[Any]
         at = item.end
     if added:
         starts = span.key_starts or [item.start for item in items]
-        before = text[span.start + 1 : starts[0]] if len(items) < 2 else text[items[-2].end : starts[-1]].lstrip(" ,")
+        if len(items) > 1:
+            between = text[items[-2].end : starts[-1]]
+        else:
+            between = "," + (text[span.start + 1 : starts[0]] or " ")
         for entry in added:
             said = f"{json.dumps(entry[0])}: {_dump(entry[1])}" if span.keys is not None else _dump(entry)
-            out.append(f",{before or ' '}{said}")
+            out.append(between + said)
     return "".join([*out, text[at : span.end]])
 
 

@@ -27,6 +27,7 @@ __all__ = [
 #: Inputs through which a node takes the model it patches.
 _MODEL_INPUTS = ("model", "model1", "unet", "base_model", "MODEL", "guider")
 _MOST_DEPTH = 200
+_MOST_PIXELS = 2**20  # of a side; anything more, or not finite, is no size
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Size:
 
     @property
     def known(self) -> bool:
-        return isinstance(self.width, (int, float)) and isinstance(self.height, (int, float))
+        sides = (self.width, self.height)
+        return all(isinstance(side, (int, float)) and 0 < side <= _MOST_PIXELS for side in sides)
 
     @property
     def megapixels(self) -> float:
@@ -250,8 +252,9 @@ def latent_size(workflow: Workflow, link: Link | None, depth: int = 0) -> Size:
 
 
 def _samples(node: Node) -> bool:
+    from_something = _linked(node, "latent_image", "latent", "samples", "image", "upscaled_image", "pixels")
     linked = all(isinstance(node.inputs.get(name), Link) for name in ("positive", "model"))
-    return linked or node.class_type == "SamplerCustomAdvanced"
+    return (linked and from_something is not None) or node.class_type == "SamplerCustomAdvanced"
 
 
 def image_size(workflow: Workflow, link: Link | None, depth: int = 0) -> Size:

@@ -121,7 +121,8 @@ def mask_of(workflow: Workflow, link: Link | None, folders: list[Path], depth: i
 
     def number(name: str) -> Any:
         value = workflow.value(node.id, name)
-        return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+        usable = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _MOST_PIXELS
+        return value if usable else None
 
     def upstream(name: str) -> Mask | None:
         return mask_of(workflow, _link(node, name), folders, depth + 1)
@@ -129,7 +130,9 @@ def mask_of(workflow: Workflow, link: Link | None, folders: list[Path], depth: i
     kind = node.class_type
     if kind == "SolidMask":
         value, width, height = number("value"), number("width"), number("height")
-        if value is None or not width or not height or not 0 < width * height <= _MOST_PIXELS:
+        if value is None or width is None or height is None or not 1 <= width * height <= _MOST_PIXELS:
+            return None
+        if min(width, height) < 1:
             return None
         return np.full((int(height), int(width)), min(max(float(value), 0.0), 1.0), dtype=np.float32)
     if kind == "InvertMask":
@@ -152,7 +155,7 @@ def _composite(
 ) -> Mask | None:
     """`source` onto `destination` with its top left corner at (x, y), what runs over the edge cut off."""
     operation = workflow.value(node.id, "operation")
-    if destination is None or source is None or x is None or y is None:
+    if destination is None or source is None or x is None or y is None or min(x, y) < 0:
         return None
     out = destination.copy()
     part = out[int(y) : int(y) + source.shape[0], int(x) : int(x) + source.shape[1]]
@@ -166,7 +169,7 @@ def _composite(
         "or": lambda: here | there,
         "xor": lambda: here ^ there,
     }
-    if operation not in results:
+    if not isinstance(operation, str) or operation not in results:
         return None
     part[...] = np.clip(results[operation](), 0, 1)
     return out

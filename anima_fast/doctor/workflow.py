@@ -404,7 +404,8 @@ class _Scope:
 
     @property
     def input_id(self) -> Any:
-        return (self.graph.get("inputNode") or {}).get("id", -10) if self.host else None
+        described = self.graph.get("inputNode")
+        return (described.get("id", -10) if isinstance(described, dict) else -10) if self.host else None
 
 
 @dataclass
@@ -417,7 +418,7 @@ def _from_ui(name: str, raw: dict[str, Any], object_info: Mapping[str, Any] | No
     workflow = Workflow(name, "ui", raw, {}, object_info)
     definitions: dict[str, dict[str, Any]] = {}
     described = raw.get("definitions")
-    for definition in (described.get("subgraphs") or []) if isinstance(described, dict) else []:
+    for definition in _list(described.get("subgraphs")) if isinstance(described, dict) else []:
         if not isinstance(definition, dict) or not isinstance(definition.get("nodes"), list):
             raise WorkflowError(f"{name}: definitions.subgraphs: an entry without nodes")
         definitions[str(definition.get("id"))] = definition
@@ -460,12 +461,25 @@ def _scope(name: str, prefix: str, graph: dict[str, Any], parent: _Scope | None,
             raise WorkflowError(f"{name}: two nodes, or one that is no number, have the id {prefix}{node['id']}")
         nodes[node["id"]] = node
     links: dict[Any, tuple[Any, int]] = {}
-    for link in graph.get("links") or []:
-        if isinstance(link, dict) and "id" in link:
-            links[link["id"]] = (link.get("origin_id"), int(link.get("origin_slot") or 0))
-        elif isinstance(link, list) and len(link) >= 5:
-            links[link[0]] = (link[1], int(link[2] or 0))
+    for link in _list(graph.get("links")):
+        number, origin, slot = _ends(link)[:3]
+        if number is not None and isinstance(slot, int) and slot >= 0:
+            links[number] = (origin, slot)
     return _Scope(prefix, graph, nodes, links, parent, host)
+
+
+def _ends(link: Any) -> tuple[Any, Any, Any, Any, Any]:
+    """(id, origin, its output, target, its input) of a link, Nones for what is not one."""
+    if isinstance(link, dict):
+        ends = [link.get(name) for name in ("id", "origin_id", "origin_slot", "target_id", "target_slot")]
+    else:
+        ends = link[:5] if isinstance(link, list) and len(link) >= 5 else [None] * 5
+    number, origin, slot, target, to = (end if isinstance(end, (int, str)) else None for end in ends)
+    return number, origin, slot, target, to
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _mode(node: dict[str, Any]) -> int:
@@ -473,8 +487,9 @@ def _mode(node: dict[str, Any]) -> int:
     return mode if isinstance(mode, int) else 0
 
 
-def _inputs(node: dict[str, Any]) -> list[dict[str, Any]]:
-    return [entry for entry in node.get("inputs") or [] if isinstance(entry, dict)]
+def _entries(owner: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """A list of objects, such as a node's inputs; what is no object is an empty one, so that places stay."""
+    return [entry if isinstance(entry, dict) else {} for entry in _list(owner.get(name))]
 
 
 def _promoted(scope: _Scope) -> dict[str, tuple[Any, Place]]:
@@ -484,16 +499,14 @@ def _promoted(scope: _Scope) -> dict[str, tuple[Any, Place]]:
     if not isinstance(values, list) or not values:
         return {}
     targets = {}
-    for link in scope.graph.get("links") or []:
-        if isinstance(link, dict):
-            targets[link.get("id")] = (link.get("target_id"), link.get("target_slot"))
-        elif isinstance(link, list) and len(link) >= 5:
-            targets[link[0]] = (link[3], link[4])
+    for link in _list(scope.graph.get("links")):
+        number, _, _, target, to = _ends(link)
+        targets[number] = (target, to)
     names = []
-    for entry in scope.graph.get("inputs") or []:
-        for link in entry.get("linkIds") or []:
-            node, slot = targets.get(link, (None, None))
-            slots = _inputs(scope.nodes.get(node, {}))
+    for entry in _entries(scope.graph, "inputs"):
+        for link in _list(entry.get("linkIds")):
+            node, slot = targets.get(link if isinstance(link, (int, str)) else None, (None, None))
+            slots = _entries(scope.nodes.get(node, {}), "inputs")
             if isinstance(slot, int) and slot < len(slots) and slots[slot].get("widget"):
                 names.append(str(entry.get("name")))
                 break
@@ -508,8 +521,8 @@ def _ui_node(workflow: Workflow, scope: _Scope, flat: str, raw: dict[str, Any]) 
         node.inputs[name] = value
         if place is not None:
             node.places[name] = place
-    for entry in _inputs(raw):
-        if entry.get("link") is None:
+    for entry in _entries(raw, "inputs"):
+        if entry.get("link") is None or "name" not in entry:
             continue
         name = str(entry.get("name"))
         origin = _resolve(workflow, scope, entry["link"], flat, name)
@@ -527,14 +540,14 @@ def _resolve(workflow: Workflow, scope: _Scope, link: Any, flat: str, name: str)
     for _ in range(_MOST_HOPS):
         if link is None:
             return None
-        if link not in scope.links:
+        if not isinstance(link, (int, str)) or link not in scope.links:
             workflow.dangling.append((flat, name))
             return None
         origin, slot = scope.links[link]
         if scope.host is not None and scope.parent is not None and origin == scope.input_id:
-            entries = scope.graph.get("inputs") or []
+            entries = _entries(scope.graph, "inputs")
             wanted = str(entries[slot].get("name")) if slot < len(entries) else ""
-            outer = next((entry for entry in _inputs(scope.host) if entry.get("name") == wanted), None)
+            outer = next((entry for entry in _entries(scope.host, "inputs") if entry.get("name") == wanted), None)
             if outer is not None and outer.get("link") is not None:
                 scope, link = scope.parent, outer["link"]
                 continue
@@ -552,11 +565,11 @@ def _resolve(workflow: Workflow, scope: _Scope, link: Any, flat: str, name: str)
             link = _bypass(node, slot)
         elif origin in scope.children:
             child = scope.children[origin]
-            ends = child.graph.get("outputs") or []
-            inner = ends[slot].get("linkIds") if slot < len(ends) else None
+            ends = _entries(child.graph, "outputs")
+            inner = _list(ends[slot].get("linkIds")) if slot < len(ends) else []
             scope, link = child, inner[0] if inner else None
         elif kind in REROUTES or kind == "SetNode":
-            link = next((entry.get("link") for entry in _inputs(node)), None)
+            link = next((entry.get("link") for entry in _entries(node, "inputs")), None)
         elif kind == "GetNode":
             target = _set_node(scope, node)
             if target is None:
@@ -574,9 +587,8 @@ def _resolve(workflow: Workflow, scope: _Scope, link: Any, flat: str, name: str)
 def _bypass(node: dict[str, Any], slot: int) -> Any:
     """The link that a bypassed node passes on for one of its outputs: the input of the same place if its type fits,
     else the first that fits."""
-    outputs = node.get("outputs") or []
-    kind = outputs[slot].get("type") if slot < len(outputs) and isinstance(outputs[slot], dict) else None
-    inputs = _inputs(node)
+    outputs, inputs = _entries(node, "outputs"), _entries(node, "inputs")
+    kind = outputs[slot].get("type") if slot < len(outputs) else None
     order = ([inputs[slot]] if slot < len(inputs) else []) + inputs
     return next((entry.get("link") for entry in order if entry.get("type") in (kind, "*") or kind == "*"), None)
 
@@ -595,7 +607,7 @@ def _set_node(scope: _Scope, getter: dict[str, Any]) -> tuple[_Scope, Any] | Non
             }
         setter = here.named.get(wanted)
         if setter is not None:
-            return here, next((entry.get("link") for entry in _inputs(setter)), None)
+            return here, next((entry.get("link") for entry in _entries(setter, "inputs")), None)
         here = here.parent
     return None
 
@@ -607,7 +619,9 @@ def _widgets(workflow: Workflow, flat: str, raw: dict[str, Any]) -> list[tuple[s
         return [(str(name), value, (values, name)) for name, value in values.items()]
     values = values if isinstance(values, list) else []
     kind = str(raw["type"])
-    listed = [str(entry["widget"].get("name")) for entry in _inputs(raw) if isinstance(entry.get("widget"), dict)]
+    listed = [
+        str(entry["widget"].get("name")) for entry in _entries(raw, "inputs") if isinstance(entry.get("widget"), dict)
+    ]
     if workflow.object_info is not None and kind in workflow.object_info:
         return _widgets_by_schema(workflow.object_info[kind], values)
     if kind in WIDGETS:

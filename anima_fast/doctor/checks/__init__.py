@@ -31,5 +31,6 @@ def run(case: Case) -> list[Finding]:
     circle = list(_graph.cycle(case))
     if circle:
         return circle
-    found = [finding for check in CHECKS for finding in check(case)]
-    return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
+    # Two passes of one model share its faults: each is said once.
+    found = {(f.id, f.nodes[:1], f.summary): f for check in reversed(CHECKS) for f in reversed(list(check(case)))}
+    return sorted(reversed(found.values()), key=lambda finding: SEVERITIES.index(finding.severity))

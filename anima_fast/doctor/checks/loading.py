@@ -202,7 +202,7 @@ def region_encoders(case: Case) -> Iterator[Finding]:
                         source = case.workflow.source(source.id, "clip")  # LoRAs, clip skip
                     if source is not None:
                         used.setdefault(source.id, []).append(name)
-        names = {case.workflow.value(s, "clip_name", s) for s in used}
+        names = {str(case.workflow.value(s, "clip_name", s)) for s in used}
         if len(names) > 1:
             yield Finding(
                 "text-encoders-differ",

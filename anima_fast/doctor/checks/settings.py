@@ -245,7 +245,7 @@ def _decoded(case: Case, one: Pass) -> bool:
 
 def size(case: Case) -> Iterator[Finding]:
     for one in _judged(case):
-        if not one.size.known or one.size.width <= 0 or one.size.height <= 0:
+        if not one.size.known:
             continue
         width, height = int(one.size.width), int(one.size.height)
         evidence = {f"{case.label(one.size.node) if one.size.node else 'size'}": f"{width} x {height}"}
