@@ -740,3 +740,51 @@ def test_unclear_counts_by_the_baseline():
     for slope, fault in ((-0.9, "regions"), (-1.8, "undecided")):
         row = Row("workflow", "measured", dataclasses.replace(base, kind="unclear", slope=slope))
         assert verdict.verdict([clear, row, *others]).fault == fault
+
+
+# ---- the report
+
+
+@needs_client
+def test_reports(fake, tmp_path):
+    from html.parser import HTMLParser
+
+    from anima_fast.doctor import report
+
+    prompt, good = PLANTED["sampling"]
+    fake.draw = lambda p: picture(0, 512) if good(p) else noise(0, 512)
+    with connect(fake) as server:
+        run = live.run(prompt, server, everything=True)
+    finding = {"severity": "error", "id": "shift", "summary": "<b>1|0</b>", "why": "", "fix": "3"}
+    for name in ("r.html", "r.md"):
+        report.write(tmp_path / name, run, findings=[finding], workflow="<script>.json")
+        text = (tmp_path / name).read_text()
+        assert run.verdict.summary in text
+        assert all(row.test in text for row in run.rows)
+        assert "<script>" not in text and "<b>1" not in text, "what comes from files is escaped"
+        assert "sage" in text and "nvidia-smi" in text, "the environment, and what is unknown of it"
+    page = (tmp_path / "r.html").read_text()
+    sources = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: sources.extend(
+        value for name, value in attributes if name in ("src", "href")
+    )
+    parser.feed(page)
+    assert len(sources) == len(run.pictures) and all(s.startswith("data:") for s in sources), "self-contained"
+    assert {f.stem for f in (tmp_path / "r_pictures").iterdir()} == set(run.pictures)
+    with pytest.raises(ValueError, match="ends in .html or .md"):
+        report.write(tmp_path / "r.pdf", run)
+    with pytest.raises(FileNotFoundError, match="directory"):
+        report.write(tmp_path / "none" / "r.md", run)
+
+
+@needs_client
+def test_a_report_of_an_interrupted_run(fake, tmp_path):
+    from anima_fast.doctor import report
+
+    fake.die_after = 1
+    with connect(fake) as server:
+        run = live.run(workflow(), server)
+    for name in ("r.html", "r.md"):
+        report.write(tmp_path / name, run)
+        assert "The run stopped" in (tmp_path / name).read_text()
