@@ -132,8 +132,7 @@ def _inspect_encoder(options: argparse.Namespace) -> _Outcome:
         f"{config.hidden_size} wide, output {config.output_size}",
         f"  {len(found.tensors)} tensors, {parameters:,} parameters, all finite; "
         + ", ".join(f"{size / 1e9:.3g} GB of {kind}" for kind, size in sorted(bytes_of.items())),
-        f"  {config.vocab_size} rows of embeddings; names begin with {found.prefix or 'nothing'!r}; "
-        f"hash {found.hash[:16]}",
+        f"  {config.vocab_size} rows of embeddings; names' prefix: {found.prefix or 'none'}; hash {found.hash[:16]}",
     ]
     if norm is None:
         lines.append("  no head: the output is that of the last norm")

@@ -142,12 +142,18 @@ _COLOURS = {"gdn": "#2f6fde", "mamba2": "#c2571a", "target": "#3f8f5f"}
 _SHADES = {"raw": 0.35, "aligned": 0.65, "calibrated": 1.0, "scaled": 1.0}
 
 
-def _colour(name: str) -> tuple[float, float, float]:
-    """By recurrence, the paler the earlier the stage."""
-    base = next((colour for word, colour in _COLOURS.items() if word in name), "#7a5bc0")
-    share = next((share for word, share in _SHADES.items() if word in name), 1.0)
-    red, green, blue = (int(base[i : i + 2], 16) / 255 for i in (1, 3, 5))
-    return 1 - share * (1 - red), 1 - share * (1 - green), 1 - share * (1 - blue)
+def _colours(names: list[str]) -> dict[str, tuple[float, float, float]]:
+    """By recurrence, the paler the earlier the stage; other names, the steps of a sweep, from pale to dark."""
+    steps = [name for name in names if not any(word in name for word in _COLOURS)]
+    colours = {}
+    for name in names:
+        base = next((colour for word, colour in _COLOURS.items() if word in name), "#5b3fa0")
+        share = next((share for word, share in _SHADES.items() if word in name), 1.0)
+        if name in steps and len(steps) > 1:
+            share = 0.3 + 0.7 * steps.index(name) / (len(steps) - 1)
+        red, green, blue = (1 - share * (1 - int(base[i : i + 2], 16) / 255) for i in (1, 3, 5))
+        colours[name] = red, green, blue
+    return colours
 
 
 def draw(
@@ -157,10 +163,11 @@ def draw(
     height = 1.1 + 0.3 * len(results)
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 2 * height + 1.2), layout="constrained")
     names = list(results)
+    colours = _colours(names)
     for place, entry in zip(axes.flat, _FIGURES, strict=False):
         values = [results[name][entry.key] for name in names]
         drawn = [0.0 if value is None else value for value in values]
-        place.barh(range(len(names)), drawn, color=[_colour(name) for name in names], height=0.72)
+        place.barh(range(len(names)), drawn, color=[colours[name] for name in names], height=0.72)
         place.set_yticks(range(len(names)), names, fontsize=8)
         place.invert_yaxis()
         low, high = min(0.0, *drawn), max(0.0, *drawn)
@@ -182,8 +189,9 @@ def draw(
     last = axes.flat[5]
     for name in names:
         values = sorted(results[name]["std_per_dimension"], reverse=True)
-        last.plot(range(1, len(values) + 1), values, color=_colour(name), linewidth=1.6, label=name)
+        last.plot(range(1, len(values) + 1), values, color=colours[name], linewidth=1.6, label=name)
     last.set_yscale("log")
+    last.tick_params(axis="y", which="both", labelsize=8)
     last.set_xlabel("dimension, largest first", fontsize=8, color=_GREY)
     last.legend(fontsize=7, frameon=False)
     _style(last, "std of each dimension")
@@ -227,6 +235,7 @@ def draw_alignment(report: Mapping[str, Any], path: str | os.PathLike[str], *, p
             )
     names = [f"{name} ({row['held_out']})" if "held_out" in row else name for name, row in rows.items()]
     axes.set_yticks(range(len(rows)), names, fontsize=9)
+    axes.margins(y=0.02)
     axes.invert_yaxis()
     axes.set_xlim(low - (0.08 if low < 0 else 0), 1.09)
     axes.axvline(0, color=_GREY, linewidth=0.6)
