@@ -84,3 +84,19 @@ def apply_masked(comfy, model, regions, settings, window=(-math.inf, math.inf)):
     patched = model.clone()
     patched.add_wrapper_with_key("diffusion_model", "oracle", wrapper)
     return patched, seen
+
+
+def scale_self_attention(patched, factor):
+    """Multiplies the self-attention of a model that `apply_masked` patched."""
+
+    def wrapper(executor, x, timesteps, context, *args, **kwargs):
+        options = kwargs["transformer_options"]
+        inner = options["optimized_attention_override"]
+
+        def override(func, q, k, v, heads, **kw):
+            return inner(func, q, k, v, heads, **kw) * (factor if k.shape[2] == q.shape[2] else 1)
+
+        options = {**options, "optimized_attention_override": override}
+        return executor(x, timesteps, context, *args, **{**kwargs, "transformer_options": options})
+
+    patched.add_wrapper_with_key("diffusion_model", "scaled", wrapper)

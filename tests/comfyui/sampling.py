@@ -1,4 +1,4 @@
-"""The real sampler on a small latent, and how close two pictures must be."""
+"""The real sampler on a small latent, two regions on it, and how close two pictures must be."""
 
 from __future__ import annotations
 
@@ -8,6 +8,18 @@ import torch
 TOLERANCE = 1e-4  # of the picture's scale
 
 POSITIVE, NEGATIVE = tiny_anima.conditioning(20, 1), tiny_anima.conditioning(9, 2)
+
+
+def regions(fast, size=(128, 192), soft=True, names=("left", "right")):
+    x = torch.linspace(0, 1, size[1])
+    left = (0.5 + 4 * (0.45 - x)).clamp(0, 1) if soft else (x < 0.45).float()
+    right = (0.5 + 4 * (x - 0.6)).clamp(0, 1) if soft else (x > 0.6).float()
+    masks = [m.expand(1, *size).contiguous() for m in (left, right)]
+    masks[1][:, : size[0] // 4] = 0
+    return [
+        fast.Region.make(tiny_anima.conditioning(12 + 3 * i, 3 + i), mask, strength=1 + i / 2, name=name)
+        for i, (mask, name) in enumerate(zip(masks, names, strict=True))
+    ]
 
 
 def sample(

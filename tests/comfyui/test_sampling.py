@@ -7,21 +7,8 @@ import logging
 import pytest
 import tiny_anima
 import torch
-from masked import apply_masked
-from sampling import assert_close, sample
-
-
-def regions(fast, size=(128, 192), soft=True, names=("left", "right")):
-    x = torch.linspace(0, 1, size[1])
-    left = (0.5 + 4 * (0.45 - x)).clamp(0, 1) if soft else (x < 0.45).float()
-    right = (0.5 + 4 * (x - 0.6)).clamp(0, 1) if soft else (x > 0.6).float()
-    masks = [m.expand(1, *size).contiguous() for m in (left, right)]
-    masks[1][:, : size[0] // 4] = 0
-    return [
-        fast.Region.make(tiny_anima.conditioning(12 + 3 * i, 3 + i), mask, strength=1 + i / 2, name=name)
-        for i, (mask, name) in enumerate(zip(masks, names, strict=True))
-    ]
-
+from masked import apply_masked, scale_self_attention
+from sampling import assert_close, regions, sample
 
 CASES = {
     "soft": dict(),
@@ -128,22 +115,7 @@ def test_chained_with_another_override_in_either_order(comfy, model, fast, text_
 
     expected, _ = apply_masked(comfy, model, chosen, settings)
 
-    def scaled_self(executor, x, timesteps, context, *args, **kwargs):
-        options = kwargs["transformer_options"]
-        inner = options["optimized_attention_override"]
-
-        def override(func, q, k, v, heads, **kw):
-            return inner(func, q, k, v, heads, **kw) * (1.05 if k.shape[2] == q.shape[2] else 1)
-
-        return executor(
-            x,
-            timesteps,
-            context,
-            *args,
-            **{**kwargs, "transformer_options": {**options, "optimized_attention_override": override}},
-        )
-
-    expected.add_wrapper_with_key("diffusion_model", "scaled", scaled_self)
+    scale_self_attention(expected, 1.05)
     assert_close(out, sample(comfy, expected, size=size))
 
 
@@ -170,6 +142,27 @@ def test_lora(comfy, model, fast):
     out = sample(comfy, fast.apply_regions(tuned, chosen, settings))
     assert_close(out, sample(comfy, expected))
     assert (out - sample(comfy, fast.apply_regions(model, chosen, settings))).abs().max() > 0.01
+
+
+def test_turbo_lora(comfy, model, fast, caplog):
+    """A LoRA on what makes keys and values in every block, sampled as the turbo LoRA is: 8 steps, CFG 1."""
+    caplog.set_level(logging.INFO, "anima_fast.comfyui")
+    generator = torch.Generator().manual_seed(1)
+    lora = {}
+    for block in range(10):
+        for layer in ("k_proj", "v_proj"):
+            key = f"diffusion_model.blocks.{block}.cross_attn.{layer}"
+            lora[f"{key}.lora_A.weight"] = torch.randn(4, 1024, generator=generator) * 0.1
+            lora[f"{key}.lora_B.weight"] = torch.randn(256, 4, generator=generator) * 0.1
+    settings, chosen, turbo = fast.Settings(), regions(fast), dict(steps=8, cfg=1.0)
+    tuned, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
+    expected, _ = apply_masked(comfy, tuned, chosen, settings)
+    expected = sample(comfy, expected, **turbo)
+    assert_close(sample(comfy, fast.apply_regions(tuned, chosen, settings), **turbo), expected)
+    assert "Anima Regions: served 80 of 80" in caplog.text
+    late, _ = comfy.sd.load_lora_for_models(fast.apply_regions(model, chosen, settings), None, lora, 1.0, 0.0)
+    assert_close(sample(comfy, late, **turbo), expected)
+    assert len(tuned.patches) == len(late.patches) == 20
 
 
 def test_control(comfy, model, fast, tmp_path):

@@ -59,19 +59,22 @@ class ModelHook:
     def wrapper(self, executor: Any, x: torch.Tensor, timesteps: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
         """A WrappersMP.DIFFUSION_MODEL wrapper."""
         options = kwargs.get("transformer_options") or {}
-        model = executor.class_obj
+        context, kwargs["transformer_options"] = self._prepare(executor.class_obj, x, context, options)
+        return executor(x, timesteps, context, *args, **kwargs)
+
+    @torch.compiler.disable  # ComfyUI's TorchCompileModel drops the guards on everything reached through the options
+    def _prepare(self, model: Any, x: torch.Tensor, context: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+        """Context and `transformer_options` of one evaluation."""
         self._evaluations += 1
         active = self._is_active(options)
-        blocks = range(len(model.blocks))
         if active:
-            self._expected += sum(self._in_blocks(block) for block in blocks)
+            self._expected += sum(self._in_blocks(block) for block in range(len(model.blocks)))
         reason = self._why_not(x, context, options)
         if reason is not None:
             self._say(f"{self.title}: not applied: {reason}.")
-            return executor(x, timesteps, context, *args, **kwargs)
+            return context, options
         override = self._override(model, x, context, options, active)
-        kwargs["transformer_options"] = override.install(options)
-        return executor(x, timesteps, override.context, *args, **kwargs)
+        return override.context, override.install(options)
 
     def cleanup(self, *_: Any) -> None:
         """A CallbacksMP.ON_CLEANUP callback: says how the run went and forgets it."""

@@ -71,10 +71,14 @@ class CrossAttention:
         patches["attn2_patch"] = [*patches.get("attn2_patch", ()), self._mark_cross]
         return {**options, "patches": patches, "optimized_attention_override": self}
 
+    # The next three are left out of torch.compile: TorchCompileModel drops the guards on what the options hold, so a
+    # graph traced at one evaluation would serve the next with the first one's plan.
+    @torch.compiler.disable
     def _mark_self(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> dict[str, Any]:
         self._expire()
         return {}
 
+    @torch.compiler.disable
     def _mark_cross(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, extra_options: dict[str, Any], **_: Any
     ) -> dict[str, Any]:
@@ -89,6 +93,7 @@ class CrossAttention:
             self._report(self._block, "another extension computed the attention itself")
         self._cross = False
 
+    @torch.compiler.disable
     def __call__(
         self, func: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
