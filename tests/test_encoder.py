@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import struct
 from pathlib import Path
 
@@ -613,3 +614,50 @@ def test_tokenizer_places(tmp_path, file, monkeypatch):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="which cannot be read .*; allowed: a tokenizer.json"):
         encoder.load(path).tokenize("a")
+
+
+# random damage
+
+JUNK = [None, True, -1, 0, 2**63, 1e30, "x", [], {}, [[]], "F32", "BF16", "BOOL", "C64", "I64", "U8"]
+NAMES = ["", "../x", "layers.3.", "layers.-1.a", "layers.00.x", "norm.", "model.", "__metadata__", "\0"]
+CONFIGS = ["{", "[]", "null", '{"text_config": 3}', '{"rope_parameters": 7}', '{"layer_types": [["linear_attention"]]}']
+CONFIGS += ['{"rms_norm_eps": NaN}', '{"rope_theta": Infinity}', '{"linear_num_key_heads": 1e300}', '{"head_size": 0}']
+
+
+def damaged(header, rng):
+    """Up to three entries of a header changed, renamed or dropped."""
+    for _ in range(rng.randint(1, 3)):
+        name = rng.choice(list(header))
+        kind = rng.choice(["entry", "dtype", "shape", "data_offsets", "rename", "config", "drop"])
+        if kind == "rename":
+            header[rng.choice(NAMES)] = header.pop(name)
+        elif kind == "config":
+            header["__metadata__"] = {"config": rng.choice(CONFIGS)}
+        elif kind == "drop":
+            header.pop(name)
+        elif kind == "entry" or not isinstance(header[name], dict):
+            header[name] = rng.choice(JUNK)
+        else:
+            header[name][kind] = rng.choice([*JUNK, [2**40, 2**40], [-1, 32], [5, 5], [0, 2**62]])
+    return header
+
+
+def test_random_damage(tmp_path):
+    """Whatever a header says, the file loads or a ValueError or TypeError says what was wrong with what."""
+    data = tiny_encoder.save(tmp_path / "x.safetensors", with_tokenizer=False).read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    rng = random.Random(0)
+    for _ in range(300):
+        header = json.dumps(damaged(json.loads(data[8 : 8 + length]), rng)).encode()
+        (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data[8 + length :])
+        try:
+            read_checkpoint(tmp_path / "x.safetensors")
+        except (ValueError, TypeError) as error:
+            assert "got " in str(error) and "allowed: " in str(error), header
+
+
+def test_progress(file, capsys):
+    encoder.load(file, progress=True)
+    assert "tiny.safetensors: 100%" in capsys.readouterr().err
+    encoder.load(file)  # not a terminal
+    assert not capsys.readouterr().err

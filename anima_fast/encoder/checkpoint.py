@@ -316,7 +316,8 @@ def _flat(where: str, values: dict[str, Any]) -> dict[str, Any]:
     for name, value in flat.items():
         if name == "layer_types":
             allowed = "a list of 'linear_attention' and 'full_attention'"
-            if not isinstance(value, (list, tuple)) or not set(value) <= {"linear_attention", "full_attention"}:
+            kinds = ("linear_attention", "full_attention")
+            if not isinstance(value, (list, tuple)) or any(kind not in kinds for kind in value):
                 raise invalid(f"{where}: {name}", repr(value), allowed)
             flat[name] = tuple(value)
         elif name == "last_mlp":
