@@ -18,11 +18,14 @@ import tiny_anima
 ROOT = Path(__file__).parents[2]
 CHECKOUT = os.environ.get("ANIMA_FAST_COMFYUI", "")
 
-# A text encoder would be 1.2 GB of random numbers: the test brings a node with what one would say.
+# A text encoder would be 1.2 GB of random numbers: the test brings a node with what one would say, and nodes with what
+# other packs may hand on.
 PROMPTS = """
 import sys
+import types
 sys.path.append({here!r})
 import tiny_anima
+import torch
 
 class TinyPrompt:
     INPUT_TYPES = classmethod(lambda cls: {{"required": {{"tokens": ("INT",), "seed": ("INT",), "entries": ("INT",)}}}})
@@ -33,7 +36,25 @@ class TinyPrompt:
     def make(self, tokens, seed, entries):
         return (tiny_anima.conditioning(tokens, seed) * entries,)
 
-NODE_CLASS_MAPPINGS = {{"TinyPrompt": TinyPrompt}}
+class Flux:
+    pass
+
+class Odd:
+    INPUT_TYPES = classmethod(lambda cls: {{"required": {{"what": ("STRING",)}}}})
+    RETURN_TYPES = ("MASK", "CONDITIONING", "MODEL")
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    def make(self, what):
+        mask = torch.ones(2 if what == "batch" else 1, 0 if what == "empty" else 128, 192)
+        if what == "nan":
+            mask[0, :2, :3] = float("nan")
+        if what == "bytes":
+            mask *= 255
+        text = tiny_anima.conditioning(12, 3, text=768)
+        return (mask, text, types.SimpleNamespace(model=Flux()))
+
+NODE_CLASS_MAPPINGS = {{"TinyPrompt": TinyPrompt, "Odd": Odd}}
 """
 
 
@@ -87,15 +108,27 @@ class Server:
         with urllib.request.urlopen(self._address + path, timeout=20) as answer:
             return json.load(answer)
 
-    def queue(self, prompt):
-        """The history entry of a finished workflow."""
+    def _post(self, prompt):
         body = json.dumps({"prompt": prompt}).encode()
         request = urllib.request.Request(self._address + "/prompt", body, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=20) as answer:
-                number = json.load(answer)["prompt_id"]
+                return answer.status, json.load(answer)
         except urllib.error.HTTPError as error:
-            pytest.fail(f"not accepted: {error.read().decode()}")
+            return error.code, json.load(error)
+
+    def refused(self, prompt):
+        """What the front end writes on the nodes of a workflow that is not even queued: (node, message, details)."""
+        code, answer = self._post(prompt)
+        assert code == 400, answer
+        errors = answer["node_errors"].items()
+        return [(name, e["message"], e["details"]) for name, found in errors for e in found["errors"]]
+
+    def queue(self, prompt):
+        """The history entry of a finished workflow."""
+        code, answer = self._post(prompt)
+        assert code == 200, answer
+        number = answer["prompt_id"]
         for _ in range(480):
             history = self.get(f"/history/{number}")
             if number in history:
@@ -174,28 +207,125 @@ def test_accelerate(server):
     assert "Anima Accelerate: served 20 of 20" in server.log()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"entries": 2}, "left: conditioning: got a CONDITIONING with 2 entries"),
-        ({"blocks": "3-1"}, "blocks: got '3-1'; allowed: numbers and ranges"),
-        ({"blocks": "9-12"}, "blocks: got [9, 10, 11, 12]; allowed: numbers from 0 to 9, as this model has"),
-        ({"start_percent": 0.8, "end_percent": 0.4}, "start_percent, end_percent: got 0.8 and 0.4"),
-        ({"canvas_width": 512}, "canvas: got 512 x 0"),
-        ({"crop_left": 1.0}, "crop: got"),
-    ],
-)
-def test_bad_input_is_said_in_the_front_end(server, change, message):
-    prompt = workflow(server, **change)
-    del prompt["preview"]
+def failed(server, prompt):
+    """(node, message) that the front end shows for a workflow that stops at a node."""
     status = server.queue(prompt)["status"]
     assert status["status_str"] == "error"
     (error,) = [content for kind, content in status["messages"] if kind == "execution_error"]
-    assert message in error["exception_message"]
+    return error["node_id"], error["exception_message"]
 
 
-def test_a_model_that_is_not_anima(server):
-    from anima_fast.integrations.comfyui.patching import accelerate
+@pytest.mark.parametrize(
+    ("change", "at", "message"),
+    [
+        ({"entries": 2}, "left", "left: conditioning: got a CONDITIONING with 2 entries"),
+        ({"blocks": "3-1"}, "regions", "blocks: got '3-1'; allowed: numbers and ranges"),
+        ({"blocks": "9-12"}, "regions", "blocks: got [9, 10, 11, 12]; allowed: numbers from 0 to 9, as this model has"),
+        ({"start_percent": 0.8, "end_percent": 0.4}, "regions", "start_percent, end_percent: got 0.8 and 0.4"),
+        ({"canvas_width": 512}, "regions", "canvas: got 512 x 0"),
+        ({"crop_left": 1.0}, "regions", "crop: got"),
+        ({"strength": float("nan")}, "regions", "strength: got nan; allowed: "),
+    ],
+)
+def test_bad_settings_are_said_in_the_front_end(server, change, at, message):
+    prompt = workflow(server, **change)
+    del prompt["preview"]
+    where, said = failed(server, prompt)
+    assert where == at and message in said
 
-    with pytest.raises(ValueError, match="allowed: an Anima model .Load Diffusion Model"):
-        accelerate(object())
+
+ODD = {
+    "a mask with NaN": ("nan", 0, "left", "mask", "left: mask: got 6 NaN or infinite values; allowed: finite values"),
+    "two masks": ("batch", 0, "left", "mask", "left: mask: got a batch of 2 masks; allowed: one mask"),
+    "a mask to 255": ("bytes", 0, "left", "mask", "allowed: [0, 1] (divide by 255?)"),
+    "an empty mask": ("empty", 0, "left", "mask", "left: mask: got an empty mask"),
+    "another encoder": ("", 1, "left", "conditioning", "left: conditioning: got text of 768 channels; allowed: 1024"),
+    "another model": ("", 2, "regions", "model", "model: got a model of class Flux; allowed: an Anima model (Load"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_other_nodes_give_wrongly_is_said_in_the_front_end(server, name):
+    what, output, target, key, message = ODD[name]
+    prompt = workflow(server)
+    del prompt["preview"]
+    prompt["odd"] = node("Odd", what=what)
+    prompt[target]["inputs"][key] = ["odd", output]
+    where, said = failed(server, prompt)
+    assert where == ("left" if key == "mask" else "regions") and message in said
+
+
+def test_accelerate_says_that_a_model_is_not_anima(server):
+    prompt = workflow(server)
+    prompt["odd"] = node("Odd", what="")
+    prompt["regions"] = node("AnimaFastAccelerate", model=["odd", 2], debug=False)
+    prompt["sampler"]["inputs"].update(positive=["base", 0], negative=["negative", 0])
+    del prompt["preview"]
+    assert failed(server, prompt) == (
+        "regions",
+        "model: got a model of class Flux; allowed: an Anima model (Load Diffusion Model with an Anima file)\n",
+    )
+
+
+def test_a_strength_that_is_no_number_is_said_at_its_region(server):
+    prompt = workflow(server)
+    prompt["left"]["inputs"]["strength"] = float("nan")  # ComfyUI's own check of the range lets it pass
+    where, said = failed(server, prompt)
+    assert where == "left" and "left: strength: got nan; allowed: a finite number >= 0" in said
+
+
+def test_masks_of_another_shape_leave_the_picture_alone_and_say_so(server):
+    prompt = workflow(server)
+    for name in ("half", "black"):
+        prompt[name]["inputs"].update(width=512, height=512)
+    assert server.queue(prompt)["status"]["status_str"] == "success"
+    assert "Anima Regions: not applied: the picture is 192 x 128 pixels (ratio 1.500), the masks'" in server.log()
+
+
+REFUSED = {
+    "strength too high": ("left", {"strength": 11.0}, "Value 11.0 bigger than max of 10.0", "strength"),
+    "strength negative": ("left", {"strength": -0.5}, "Value -0.5 smaller than min of 0.0", "strength"),
+    "priority too high": ("left", {"priority": 101}, "Value 101 bigger than max of 100", "priority"),
+    "no mask": ("left", {"mask": None}, "Required input is missing", "mask"),
+    "no conditioning": ("left", {"conditioning": None}, "Required input is missing", "conditioning"),
+    "text as a mask": ("left", {"mask": ["one", 0]}, "Return type mismatch between linked nodes", "mask"),
+    "no region": (
+        "regions",
+        {"regions.region0": None, "regions.region1": None},
+        "Required input is missing",
+        "region0",
+    ),
+    "a mask as a region": ("regions", {"regions.region0": ["half", 0]}, "Return type mismatch", "region0"),
+    "global strength": ("regions", {"strength": 2.5}, "Value 2.5 bigger than max of 2.0", "strength"),
+    "unknown mode": ("regions", {"mode": "harsh"}, "Value not in list", "mode: 'harsh' not in ['soft_log', 'hard']"),
+    "text as a model": ("regions", {"model": ["one", 0]}, "Return type mismatch", "model"),
+    "no base": ("regions", {"base": None}, "Required input is missing", "base"),
+    "preview of nothing": (
+        "preview",
+        {"regions.region0": None, "regions.region1": None},
+        "Required input is missing",
+        "region0",
+    ),
+    "preview too small": ("preview", {"width": 8}, "Value 8 smaller than min of 16", "width"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_before_anything_runs(server, name):
+    target, change, message, details = REFUSED[name]
+    prompt = workflow(server)
+    del prompt["save" if target == "preview" else "preview"]  # ComfyUI runs the outputs that are not concerned
+    inputs = prompt[target]["inputs"]
+    inputs.update(change)
+    prompt[target]["inputs"] = {key: value for key, value in inputs.items() if value is not None}
+    ((where, said, about),) = server.refused(prompt)
+    assert where == target and message in said and details in about
+
+
+def test_accelerate_without_a_model_is_refused(server):
+    prompt = {"fast": node("AnimaFastAccelerate", debug=False)}
+    links = {"model": ["fast", 0], "positive": ["base", 0], "negative": ["base", 0], "latent_image": ["latent", 0]}
+    prompt["base"], prompt["latent"] = workflow(server)["base"], workflow(server)["latent"]
+    prompt["sampler"] = node("KSampler", **{**workflow(server)["sampler"]["inputs"], **links})
+    prompt["save"] = node("SaveLatent", samples=["sampler", 0], filename_prefix="none")
+    assert server.refused(prompt) == [("fast", "Required input is missing", "model")]

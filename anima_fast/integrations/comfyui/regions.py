@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ...bound_plan import BoundPlan
+from ...checks import check_number
 from ...errors import invalid, wrong_type
 from ...masks import load_mask
 from ...plan import RegionPlan
@@ -84,8 +85,10 @@ class Region:
         """A region from ComfyUI's CONDITIONING and MASK (`[1, H, W]`), or anything `masks.load_mask` reads."""
         if isinstance(mask, torch.Tensor) and mask.ndim == 3 and mask.shape[0] > 1:
             raise invalid(f"{name}: mask", f"a batch of {mask.shape[0]} masks", "one mask; pick or combine them first")
+        strength = check_number(f"{name}: strength", strength, "a finite number >= 0", lambda x: x >= 0)
+        priority = check_number(f"{name}: priority", priority, "a finite number", lambda x: True)
         prompt = None if conditioning is None else Prompt.from_conditioning(conditioning, f"{name}: conditioning")
-        return cls(prompt, load_mask(mask, f"{name}: mask"), float(strength), float(priority), name)
+        return cls(prompt, load_mask(mask, f"{name}: mask"), strength, priority, name)
 
 
 @dataclasses.dataclass(frozen=True)
