@@ -478,6 +478,17 @@ def test_nan_is_a_problem(here, capsys, monkeypatch):
     assert code == 1 and "not finite in float32" in err and not (here / "nan.safetensors").exists()
 
 
+def test_without_transformers(here, capsys, monkeypatch):
+    monkeypatch.setattr("anima_fast.commands.encoder._has_transformers", lambda: False)
+    assert "pip install 'anima-fast[transformers]'" in refused(capsys, "encoder", "report", ENC, "--prompt", "a")
+    assert run(capsys, "encoder", "inspect", ENC)[0] == 0
+
+
+def test_one_prompt_and_a_picture(here, capsys):
+    code, text, _ = run(capsys, "encoder", "report", ENC, "--prompt", "a", "--plot", "one_prompt.png")
+    assert code == 0 and "-" in text.splitlines()[6] and shortest_side("one_prompt.png") > 400
+
+
 @pytest.mark.parametrize("action", ["inspect", "encode", "fit-alignment", "fit-calibration", "report", "sweep"])
 def test_help_has_an_example(capsys, action):
     with pytest.raises(SystemExit) as exit_:

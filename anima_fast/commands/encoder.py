@@ -63,6 +63,8 @@ def run(options: argparse.Namespace) -> int:
         "report": _report,
         "sweep": _sweep,
     }[options.action]
+    if options.action != "inspect" and not _has_transformers():
+        raise ValueError("transformers is not installed: pip install 'anima-fast[transformers]'")
     with warnings.catch_warnings(record=True) as caught, _quiet():
         warnings.simplefilter("always", UserWarning)
         try:

@@ -81,7 +81,9 @@ def load_target(
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"target: no file or directory {str(path)!r}")
+        raise FileNotFoundError(
+            f"target: no file or directory {str(path)!r} (hf download {HUB_NAME} --local-dir DIR makes one)"
+        )
     model, digest = _from_directory(path, dtype) if path.is_dir() else _from_file(path, dtype)
     found = _tokenizer(path if path.is_dir() else path.parent, tokenizer, model.config.vocab_size)
     device = torch.device(device)
