@@ -67,9 +67,9 @@ def _ablate(
     official = Official(**size, **steps)
     run = live.run(prompt, server, official=official, everything=options.all_tests, environment=environment, tell=tell)
     if options.report:
-        from ..doctor import report
+        from ..doctor.report import write
 
-        report.write(options.report, run, findings=[f.as_json() for f in findings], workflow=case.workflow.path)
+        write(options.report, run, findings=[f.as_json() for f in findings], workflow=case.workflow.path)
     if not options.json:
         _print(run)
         if options.report:

@@ -79,7 +79,7 @@ WIDGETS: dict[str, tuple[str, ...]] = {
     "AnimaLLLiteApply": ("strength", "start_percent", "end_percent"),
     "BasicScheduler": ("scheduler", "steps", "denoise"),
     "BetaSamplingScheduler": ("steps", "alpha", "beta"),
-    "CFGNorm": ("strength",),
+    "CFGNorm": ("strength", "pre_cfg"),
     "EasyCache": ("reuse_threshold", "start_percent", "end_percent", "verbose"),
     "FreeU_V2": ("b1", "b2", "s1", "s2"),
     "HyperTile": ("tile_size", "swap_size", "max_depth", "scale_depth"),

@@ -250,7 +250,15 @@ def hires_in_pixels():
     nodes["10"] = node("ImageScaleBy", image=["8", 0], upscale_method="lanczos", scale_by=2.0)
     nodes["11"] = node("VAEEncode", pixels=["10", 0], vae=["3", 0])
     nodes["12"] = ksampler(latent_image=["11", 0], denoise=0.35, steps=20)
-    nodes["13"] = node("VAEDecodeTiled", samples=["12", 0], vae=["3", 0], tile_size=512, overlap=64)
+    nodes["13"] = node(
+        "VAEDecodeTiled",
+        samples=["12", 0],
+        vae=["3", 0],
+        tile_size=512,
+        overlap=64,
+        temporal_size=64,
+        temporal_overlap=8,
+    )
     nodes["9"]["inputs"]["images"] = ["13", 0]
     return nodes
 
@@ -277,7 +285,9 @@ def two_stages(**last):
 def image_to_image():
     nodes = plain(denoise=0.55)
     nodes["10"] = node("LoadImage", image="photo.png")
-    nodes["11"] = node("ImageScaleToTotalPixels", image=["10", 0], upscale_method="lanczos", megapixels=1.0)
+    nodes["11"] = node(
+        "ImageScaleToTotalPixels", image=["10", 0], upscale_method="lanczos", megapixels=1.0, resolution_steps=1
+    )
     nodes["6"] = node("VAEEncode", pixels=["11", 0], vae=["3", 0])
     return nodes
 

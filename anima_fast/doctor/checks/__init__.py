@@ -32,5 +32,8 @@ def run(case: Case) -> list[Finding]:
     if circle:
         return circle
     # Two passes of one model share its faults: each is said once.
-    found = {(f.id, f.nodes[:1], f.summary): f for check in reversed(CHECKS) for f in reversed(list(check(case)))}
-    return sorted(reversed(found.values()), key=lambda finding: SEVERITIES.index(finding.severity))
+    found: dict[object, Finding] = {}
+    for check in CHECKS:
+        for finding in check(case):
+            found.setdefault((finding.id, finding.nodes[:1], finding.summary), finding)
+    return sorted(found.values(), key=lambda finding: SEVERITIES.index(finding.severity))

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..case import Case
-from ..findings import Finding
-from ..guidance import COMFYUI_ANIMA, COMFYUI_NODES
+from ..findings import Edit, Finding
+from ..guidance import COMFYUI_ANIMA, COMFYUI_NODES, family
 from ..workflow import Link
 
 __all__ = ["CHECKS", "table"]
@@ -139,6 +139,7 @@ def refused_values(case: Case) -> Iterator[Finding]:
                     f"Choose one of: {shown or 'nothing is there'}.",
                     (node.id,),
                     {**evidence, "offered": len(allowed)},
+                    _offered(node.id, name, str(value), allowed) if is_file else (),
                 )
             low, high = options.get("min"), options.get("max")
             numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -152,6 +153,22 @@ def refused_values(case: Case) -> Iterator[Finding]:
                     (node.id,),
                     evidence,
                 )
+
+
+def _offered(node: str, name: str, value: str, allowed: list[Any]) -> tuple[Edit, ...]:
+    """The one file on the server that is meant: of the same name in another folder, or the one made for Anima."""
+    base = _base(value)
+    kind = {"clip_name": "encoder", "vae_name": "vae", "unet_name": "model"}.get(name)
+    same = [choice for choice in allowed if _base(str(choice)) == base]
+    fitting = [choice for choice in allowed if kind and family(kind, str(choice)) == "anima"]
+    for found in (same, fitting):
+        if len(found) == 1:
+            return (Edit(node, name, found[0]),)
+    return ()
+
+
+def _base(name: str) -> str:
+    return re.split(r"[\\/]", name)[-1].lower()
 
 
 def picture_size(case: Case) -> Iterator[Finding]:

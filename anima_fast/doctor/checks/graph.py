@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from ..case import REGIONAL_PACKS, Case
-from ..findings import Finding
+from ..findings import Edit, Finding
 from ..node_types import WIDGETS
 from ..workflow import Link
 
@@ -70,6 +71,8 @@ def missing_input(case: Case) -> Iterator[Finding]:
                 names |= {name for name, spec in needed.items() if _is_widget(spec)}
         missing = sorted(name for name in names if name not in node.inputs)
         if missing:
+            needed = (info.get("input") or {}).get("required") or {} if info is not None else {}
+            defaults = {name: default for name in missing if (default := _default(needed.get(name))) is not None}
             yield Finding(
                 "missing-input",
                 "error",
@@ -78,7 +81,15 @@ def missing_input(case: Case) -> Iterator[Finding]:
                 f"Connect or set {', '.join(missing)}.",
                 (node.id,),
                 {case.said(node.id, name): "nothing" for name in missing},
+                tuple(Edit(node.id, name, default) for name, default in defaults.items()),
             )
+
+
+def _default(spec: object) -> Any:
+    """What the server's description of a widget has it begin with."""
+    options = spec[1] if isinstance(spec, (list, tuple)) and len(spec) > 1 and isinstance(spec[1], dict) else {}
+    choices = _kind(spec) if isinstance(_kind(spec), list) else options.get("options")
+    return options.get("default", choices[0] if isinstance(choices, list) and choices else None)
 
 
 def _kind(spec: object) -> object:
