@@ -412,11 +412,18 @@ def _add_doctor(commands: argparse._SubParsersAction[_Parser]) -> None:
     add(
         "--ablate",
         action="store_true",
-        help="with --comfyui: run the decision tree, a picture for each test, and name the fault: minutes on a GPU",
+        help="with --comfyui or --model: run the decision tree, a picture for each test, and name the fault: minutes "
+        "on a GPU",
     )
+    add("--model", metavar="DIR", help="with --ablate: on this model in diffusers' form, not on a server")
     add("--all-tests", action="store_true", help="with --ablate: also tests that the verdict does not need")
     add("--baseline-size", type=_size, metavar="WxH", help="with --ablate: of the official baseline (1024x1024)")
     add("--baseline-steps", type=_count, metavar="N", help="with --ablate: of the official baseline (30)")
+    add(
+        "--baseline-prompt",
+        metavar="TEXT",
+        help="with --ablate: of the official baseline, for a model that knows few words",
+    )
     add("--report", metavar="OUT", help="with --ablate: findings and tests with their pictures, as .html or .md")
     add("--timeout", type=float, default=30.0, metavar="S", help="of one answer of the server (default: %(default)g s)")
     _add_json(doctor)

@@ -42,9 +42,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _refuse(options: argparse.Namespace) -> None:
-    needs_server = [name for name in ("submit", "ablate") if getattr(options, name)]
-    if needs_server and options.comfyui is None:
-        raise invalid(f"--{needs_server[0]}", "no server", "together with --comfyui URL")
+    if options.submit and options.comfyui is None:
+        raise invalid("--submit", "no server", "together with --comfyui URL")
+    if options.ablate and options.comfyui is None and options.model is None:
+        raise invalid("--ablate", "no server and no model", "together with --comfyui URL, or --model DIR")
+    if options.model is not None and not options.ablate:
+        raise invalid("--model", options.model, "together with --ablate: its tests run on that model")
     if options.report is not None and not options.ablate:
         raise invalid("--report", options.report, "together with --ablate: it is the report of its tests")
     if options.models is not None and not Path(options.models).is_dir():
@@ -78,7 +81,7 @@ def _report(
             _print_fixed(options.fix, fixed)
         if options.picture:
             print(f"picture: {options.picture}")
-    if server is not None and (options.submit or options.ablate):
+    if options.submit or options.ablate:
         from .doctor_live import run_live
 
         live, live_code = run_live(options, case, findings, server)

@@ -1,4 +1,4 @@
-"""The part of `anima-fast doctor` that runs something on the server: --submit and --ablate."""
+"""The part of `anima-fast doctor` that runs something, on the server or on a diffusers model: --submit and --ablate."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ __all__ = ["run_live"]
 
 
 def run_live(
-    options: argparse.Namespace, case: Case, findings: Sequence[Finding], server: Server
+    options: argparse.Namespace, case: Case, findings: Sequence[Finding], server: Server | None
 ) -> tuple[dict[str, Any], int]:
-    """What it adds to the JSON document, and the exit code."""
-    prompt = case.workflow.to_api(case.object_info)
+    """What it adds to the JSON document, and the exit code. Without a server, --model is given."""
     found: dict[str, Any] = {}
     code = 0
-    if options.submit:
-        found["submitted"], code = _submit(options, prompt, server)
+    if options.submit and server is not None:
+        found["submitted"], code = _submit(options, case.workflow.to_api(case.object_info), server)
     if options.ablate:
-        found["tests"], tests_code = _ablate(options, case, prompt, findings, server)
+        found["tests"], tests_code = _ablate(options, case, findings, server)
         code = max(code, tests_code)
     return found, code
 
@@ -52,7 +51,7 @@ def _submit(options: argparse.Namespace, prompt: Any, server: Server) -> tuple[d
 
 
 def _ablate(
-    options: argparse.Namespace, case: Case, prompt: Any, findings: Sequence[Finding], server: Server
+    options: argparse.Namespace, case: Case, findings: Sequence[Finding], server: Server | None
 ) -> tuple[dict[str, Any], int]:
     bars: dict[str, Callable[[Progress], None]] = {}
 
@@ -61,11 +60,16 @@ def _ablate(
             bars[test] = _bar(f"test {number} of {count}: {test}")
         bars[test](step)
 
-    environment = dict(case.environment or {})
-    size = {"size": options.baseline_size} if options.baseline_size else {}
-    steps = {"steps": options.baseline_steps} if options.baseline_steps else {}
-    official = Official(**size, **steps)
-    run = live.run(prompt, server, official=official, everything=options.all_tests, environment=environment, tell=tell)
+    given = {"size": options.baseline_size, "steps": options.baseline_steps, "text": options.baseline_prompt}
+    official = Official(**{name: value for name, value in given.items() if value})
+    if options.model is not None:
+        run = _on_pipeline(options, case, official, tell)
+    else:
+        assert server is not None  # the options were refused otherwise
+        prompt, environment = case.workflow.to_api(case.object_info), dict(case.environment or {})
+        run = live.run(
+            prompt, server, official=official, everything=options.all_tests, environment=environment, tell=tell
+        )
     if options.report:
         from ..doctor.report import write
 
@@ -79,11 +83,28 @@ def _ablate(
     return run.to_json(), int(run.verdict.fault != "none")
 
 
+def _on_pipeline(options: argparse.Namespace, case: Case, official: Official, tell: live.Tell) -> live.Run:
+    import torch
+
+    from ..doctor import pipeline
+    from ..runner.model import find, load, quiet
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = "fp32" if device == "cpu" else "bf16"
+    request, notes = pipeline.request_of(case, options.model, dtype)
+    request.check()
+    for note in notes:
+        print(f"anima-fast doctor: warning: {note}", file=sys.stderr)
+    pipe = load(find(options.model), dtype=pipeline.DTYPES[dtype], device=device)
+    with quiet():
+        return pipeline.run(pipe, request, official=official, everything=options.all_tests, tell=tell)
+
+
 def _print(run: live.Run) -> None:
     print()
     for row in run.rows:
         why = f": {row.why}" if row.why else ""
-        print(f"  {row.test:<14} {row.status}{why}")
+        print(f"  {row.test:<14} {row.kind or row.status}{why}")
     print(f"\nverdict: {run.verdict.summary}")
     for line in run.verdict.evidence:
         print(f"  {line}")

@@ -23,7 +23,7 @@ import torch
 from ..dispatch import use_backend
 from ..errors import invalid
 from ..integrations.diffusers import PLAN_KEYWORDS
-from ..runner.request import Embedded, Request, RequestRegion, generate
+from ..runner.request import DTYPES, Embedded, Request, RequestRegion, generate
 from . import measure
 from .ablations import Ablation, Official
 from .case import Case
@@ -33,7 +33,7 @@ from .server import Progress
 from .verdict import TESTS, Row
 from .workflow import Link, Workflow
 
-__all__ = ["request_of", "run"]
+__all__ = ["DTYPES", "request_of", "run"]
 
 #: As in `ablations`: enough for every window of steps.
 _SHAPE_STEPS = 6
