@@ -1,13 +1,14 @@
 """The model's way through a workflow, drawn: loaders, patches, regional nodes, samplers, with the findings on them.
 
 One scene of rectangles, curves and text, written as SVG or painted as PNG. Columns are the longest way from a source,
-so every link goes from left to right; prompts and other nodes in between are left out, and the links through them are
-dashed.
+so every link goes from left to right, past the boxes between; prompts and other nodes are left out, and the links
+through them are dashed.
 """
 
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -16,6 +17,7 @@ from typing import Any
 
 from .case import Case, regional
 from .findings import SEVERITIES, Finding
+from .passes import model_path
 from .workflow import Link, Node
 
 __all__ = ["draw"]
@@ -43,7 +45,7 @@ _KINDS = (
     ("conditioning", ("positive", "negative", "conditioning", "base", "region", "bias_template", "ranges", "token_w")),
 )
 _INK, _MUTED, _PAPER, _CARD, _EDGE = "#1c1f26", "#6c727f", "#fafafb", "#ffffff", "#cfd4dc"
-_WIDTH, _COLUMN, _GAP, _LINE, _PAD, _MARGIN = 224, 78, 22, 17, 10, 28
+_WIDTH, _COLUMN, _GAP, _LINE, _PAD, _MARGIN = 208, 64, 20, 17, 10, 28
 _MOST = 60
 _SHOWN: tuple[str, ...] = (
     "unet_name",
@@ -93,7 +95,7 @@ class _Text:
 @dataclass
 class _Box:
     node: Node
-    title: str
+    title: list[str]
     lines: list[str]
     badges: list[Finding]
     column: int = 0
@@ -123,8 +125,10 @@ def _boxes(case: Case, findings: Sequence[Finding]) -> dict[str, _Box]:
     for one in case.passes:
         wanted.update(dict.fromkeys([*(node.id for node in reversed(one.path)), one.node.id]))
     for regions in case.regions:
-        parts = (regions.grid, regions.bias, regions.node)
-        wanted.update(dict.fromkeys(node.id for node in parts if node is not None))
+        for node in (regions.grid, regions.bias, regions.node):
+            if node is not None:
+                seen = [other.id for other in reversed(model_path(workflow, node.id))]
+                wanted.update(dict.fromkeys([*seen, node.id]))
     kinds = ("VAEDecode", "VAEEncode", "VAELoader", "CLIPLoader", "EmptyLatent", "LatentUpscale", "ControlNet")
     for node in case.nodes:
         if node.class_type.startswith((*kinds, "AnimaRegionalConditioning", "AnimaFastRegion")) or regional(node):
@@ -139,10 +143,13 @@ def _boxes(case: Case, findings: Sequence[Finding]) -> dict[str, _Box]:
         node = workflow.nodes[name]
         badges = [finding for finding in findings if name in finding.nodes[:3]]
         lines = [f"{key} {_short(value)}" for key in _SHOWN if (value := workflow.value(name, key)) not in (None, "")]
-        boxes[name] = _Box(node, _fit(f"{node.class_type} {name}", 13, _WIDTH - 2 * _PAD), lines[:6], badges)
+        boxes[name] = _Box(
+            node, _title(node.class_type, _WIDTH - 2 * _PAD - _measure(name, 12) - 12), lines[:6], badges
+        )
     for box in boxes.values():
         box.before = _links(case, box.node, shown)
-        box.height = 2 * _PAD + _LINE * (1 + len(box.lines)) + (len(box.badges) * (_LINE + 3) + 2 if box.badges else 0)
+        rows = len(box.title) + len(box.lines)
+        box.height = 2 * _PAD + _LINE * rows + (len(box.badges) * (_LINE + 3) + 2 if box.badges else 0)
     _columns(boxes)
     return boxes
 
@@ -202,36 +209,72 @@ def _columns(boxes: dict[str, _Box]) -> None:
             boxes[name].column = max(boxes[name].column, min(boxes[reader].column for reader in readers[name]) - 1)
 
 
+@dataclass
+class _Way:
+    """A link's place in a column that it passes."""
+
+    before: list[Any]
+    x: float = 0.0
+    y: float = 0.0
+    height: float = 4.0
+
+
 def _scene(boxes: dict[str, _Box], findings: Sequence[Finding], title: str) -> tuple[list[Any], int, int]:
-    columns: dict[int, list[_Box]] = {}
+    columns: dict[int, list[Any]] = {}
     for box in boxes.values():
         columns.setdefault(box.column, []).append(box)
-    readers: dict[str, list[str]] = {name: [] for name in boxes}
-    for name, box in boxes.items():
-        for before, _, _ in box.before:
-            readers[before].append(name)
-    top = _MARGIN + 40
-    tallest = max((sum(b.height + _GAP for b in stack) - _GAP for stack in columns.values()), default=0)
-    for number, stack in sorted(columns.items()):
-        _stack(stack, number, top, tallest)
-    for sweep in range(6):  # neighbours pull each box to their middle, from either side in turn
-        for _, stack in sorted(columns.items(), reverse=sweep % 2 == 0):
-            for box in stack:
-                near = [boxes[n] for n, _, _ in box.before] if sweep % 2 else [boxes[n] for n in readers[box.node.id]]
-                if near:
-                    box.y = sum(n.y + n.height / 2 for n in near) / len(near) - box.height / 2
-            stack.sort(key=lambda box: box.y)
-            _spread(stack, top, tallest)
-    shapes: list[Any] = []
+    chains: list[tuple[list[Any], str, bool]] = []
+    ways: dict[tuple[str, str, int], _Way] = {}  # links of one output share their way
+    after: dict[int, list[Any]] = {}
     for box in boxes.values():
         for name, kind, through in box.before:
-            start = boxes[name]
-            x0, y0 = start.x + _WIDTH, start.y + start.height / 2
-            x1, y1 = box.x, box.y + box.height / 2
-            bend = max(30.0, (x1 - x0) / 2)
-            line = 2.6 if kind == "model" else 1.6
-            points = ((x0, y0), (x0 + bend, y0), (x1 - bend, y1), (x1, y1))
-            shapes.append(_Curve(points, _LINKS[kind], line, through))
+            chain: list[Any] = [boxes[name]]
+            for column in range(boxes[name].column + 1, box.column):
+                key = (name, kind, column)
+                if key not in ways:
+                    ways[key] = _Way([chain[-1]])
+                    columns.setdefault(column, []).append(ways[key])
+                    after.setdefault(id(chain[-1]), []).append(ways[key])
+                chain.append(ways[key])
+            after.setdefault(id(chain[-1]), []).append(box)
+            chains.append(([*chain, box], kind, through))
+    nearest: dict[int, list[Any]] = {}
+    for chain, _, _ in chains:
+        nearest.setdefault(id(chain[-1]), []).append(chain[-2])
+    for way in ways.values():
+        nearest[id(way)] = way.before
+    top = _MARGIN + 44
+    tallest = max((sum(b.height + _GAP for b in stack) - _GAP for stack in columns.values()), default=0)
+    for number, stack in sorted(columns.items()):
+        y = top
+        for item in stack:
+            item.x, item.y = _MARGIN + number * (_WIDTH + _COLUMN), y
+            y += item.height + _GAP
+    for sweep in range(8):  # neighbours pull each box to their middle, from either side in turn
+        sides = nearest if sweep % 2 else after
+        for _, stack in sorted(columns.items(), reverse=sweep % 2 == 0):
+            for item in stack:
+                near = sides.get(id(item), [])
+                if near:
+                    item.y = sum(n.y + n.height / 2 for n in near) / len(near) - item.height / 2
+            stack.sort(key=lambda item: item.y + item.height / 2)
+            _spread(stack, top, tallest)
+    shapes: list[Any] = []
+    drawn: set[tuple[Any, ...]] = set()
+    for chain, kind, through in chains:
+        line = 2.6 if kind == "model" else 1.6
+        for start, end in pairwise(chain):
+            x0 = start.x + _WIDTH
+            y0, y1 = start.y + start.height / 2, end.y + end.height / 2
+            bend = (end.x - x0) / 2
+            points = ((x0, y0), (x0 + bend, y0), (end.x - bend, y1), (end.x, y1))
+            if (points, kind) not in drawn:
+                drawn.add((points, kind))
+                shapes.append(_Curve(points, _LINKS[kind], line, through))
+            if isinstance(end, _Way) and (end.x, end.y, kind) not in drawn:
+                drawn.add((end.x, end.y, kind))
+                across = ((end.x, y1), (end.x + 1, y1), (end.x + _WIDTH - 1, y1), (end.x + _WIDTH, y1))
+                shapes.append(_Curve(across, _LINKS[kind], line, through))
     for box in boxes.values():
         shapes += _card(box)
     used = {kind for box in boxes.values() for _, kind, _ in box.before}
@@ -255,15 +298,7 @@ def _scene(boxes: dict[str, _Box], findings: Sequence[Finding], title: str) -> t
     return shapes, round(width), round(y + _MARGIN - 12)
 
 
-def _stack(stack: list[_Box], number: int, top: float, tallest: float) -> None:
-    y = top
-    for box in stack:
-        box.x = _MARGIN + number * (_WIDTH + _COLUMN)
-        box.y = y
-        y += box.height + _GAP
-
-
-def _spread(stack: list[_Box], top: float, tallest: float) -> None:
+def _spread(stack: list[Any], top: float, tallest: float) -> None:
     """Boxes keep their order and wishes, without overlap, between top and bottom."""
     y = top
     for box in stack:
@@ -280,7 +315,11 @@ def _card(box: _Box) -> list[Any]:
     edge = _COLOURS[level] if level else _EDGE
     shapes: list[Any] = [_Rect(box.x, box.y, _WIDTH, box.height, _CARD, edge, 2.2 if level else 1.2)]
     y = box.y + _PAD + 12
-    shapes.append(_Text(box.x + _PAD, y, box.title, 13, _INK, True))
+    number = box.node.id
+    shapes.append(_Text(box.x + _WIDTH - _PAD - _measure(number, 12) * 1.07, y, number, 12, _MUTED))
+    for index, part in enumerate(box.title):
+        y += _LINE if index else 0
+        shapes.append(_Text(box.x + _PAD, y, part, 13, _INK, True))
     for line in box.lines:
         y += _LINE
         shapes.append(_Text(box.x + _PAD, y, _fit(line, 12, _WIDTH - 2 * _PAD), 12, _MUTED))
@@ -292,6 +331,18 @@ def _card(box: _Box) -> list[Any]:
         shapes.append(_Rect(box.x + _PAD, y - 12, _measure(label, 11) + 16, 16, colour, radius=8))
         shapes.append(_Text(box.x + _PAD + 8, y, label, 11, "#ffffff", True))
     return shapes
+
+
+def _title(kind: str, width: float) -> list[str]:
+    """A class name on one line, or cut where a capital begins on two."""
+    if _measure(kind, 13) * 1.1 <= width:
+        return [kind]
+    parts = re.findall(r"[A-Z]?[^A-Z]+|[A-Z]+(?![a-z])", kind)
+    first = ""
+    while parts and (not first or _measure(first + parts[0], 13) * 1.1 <= width):
+        first += parts.pop(0)
+    rest = "".join(parts)
+    return [_fit(first, 13, width)] + ([_fit(rest, 13, width)] if rest else [])
 
 
 def _short(value: Any) -> str:

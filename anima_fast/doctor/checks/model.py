@@ -190,7 +190,7 @@ def _differs(case: Case, one: Pass, node: Node, path: list[Node]) -> Finding:
             "start_percent and end_percent become sigmas by the model that the node sees; on the sampler's schedule "
             "these are other steps.",
             fix,
-            (node.id, one.node.id),
+            (node.id, path[0].id, one.node.id),
             evidence,
             edits,
         )
