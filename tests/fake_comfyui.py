@@ -136,7 +136,12 @@ class FakeComfyUI:
         self.refuse, self.steps, self.pause, self.die_after = None, 2, 0.0, None
         self.hang, self.drip, self.forget, self.busy, self.answers = set(), set(), False, None, {}
         self.queued, self.history, self.waiting, self.deleted, self.interrupted = [], {}, [], [], []
-        self.files, self.sockets, self.requests, self.log = {}, {}, [], [{"t": "1", "m": "Using sage attention\n"}]
+        self.files, self.sockets, self.requests, self.log = (
+            {},
+            {},
+            [],
+            [{"t": "1", "m": "\x1b[32m[INFO]\x1b[0m Using sage attention\n"}],
+        )
         self.running = None
         self.stop = threading.Event()
 

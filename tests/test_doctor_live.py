@@ -490,7 +490,13 @@ PLANTED = {
 @pytest.mark.parametrize("fault", PLANTED)
 def test_a_planted_fault_is_found(fault, everything, fake):
     prompt, good = PLANTED[fault]
-    fake.draw = lambda p: picture() if good(p) else noise(step=0.1)
+
+    def draw(prompt):
+        line = "model weight dtype torch.bfloat16, manual cast: torch.float16"
+        fake.log.append({"t": "2", "m": f"\x1b[32m[INFO]\x1b[0m {line}\n"})
+        return picture() if good(prompt) else noise(step=0.1)
+
+    fake.draw = draw
     told = []
     with connect(fake) as server:
         run = live.run(prompt, server, everything=everything, tell=lambda *args: told.append(args))
@@ -502,6 +508,7 @@ def test_a_planted_fault_is_found(fault, everything, fake):
         assert list(rows) == list(TESTS)
     for test, row in rows.items():
         assert (test in run.pictures) == (row.status == "measured")
+    assert run.environment["facts"]["dtypes"] == {"model": "torch.bfloat16, computed in torch.float16"}
     assert {path for method, path in fake.requests if method == "POST"} == {"/prompt"}, "only its queue is changed"
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from . import measure
 from .ablations import END, Ablation, Official, plan
+from .environment import facts
 from .server import File, Progress, Prompt, Refused, Result, Server, ServerError
 from .verdict import TESTS, Row, Verdict, verdict
 
@@ -84,7 +85,11 @@ def run(
     def execute(test: str, number: int, count: int) -> tuple[Row, bytes | None]:
         return _execute(ablations[test], server, lambda step: tell(test, number, count, step) if tell else None)
 
-    return collect(execute, ablations, environment, official, everything)
+    found = collect(execute, ablations, environment, official, everything)
+    if found.stopped is None:
+        # Only now the models are loaded, and the log says in which types.
+        found.environment |= facts({**environment, "log": [*environment.get("log", ()), *server.log()[0]]})
+    return found
 
 
 def collect(

@@ -36,8 +36,8 @@ Prompt = dict[str, dict[str, Any]]
 #: Nothing that a server is asked for is larger: /object_info with hundreds of packs is some 20 MB, a picture less.
 _LARGEST_ANSWER = 512 * 2**20
 
-#: Colours, and the level in front of a line.
-_DECORATION = re.compile(r"\x1b\[[0-9;]*m|^(\x1b\[[0-9;]*m)*\[[A-Z]+\](\x1b\[[0-9;]*m)* *")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_LEVEL = re.compile(r"^\[(DEBUG|INFO|WARNING|ERROR|CRITICAL)\] ")
 
 #: Between looks at the history while nothing comes over the websocket, in seconds.
 _LOOK = 2.0
@@ -168,7 +168,7 @@ class Server:
         except (ValueError, KeyError, TypeError):
             return [], since
         text = "".join(message for moment, message in new if moment > since)
-        lines = [_DECORATION.sub("", line) for line in text.splitlines()]
+        lines = [_LEVEL.sub("", _COLOUR.sub("", line)) for line in text.splitlines()]
         return lines, max((moment for moment, _ in new), default=since)
 
     def regional_log(self) -> list[str]:
