@@ -120,11 +120,12 @@ def test_all_tests_on_random_weights(server, make):
     assert list(rows) == list(TESTS)
     failed = {test: row.why for test, row in rows.items() if row.status == "failed"}
     assert not failed
-    assert rows["workflow"].kind == rows["baseline"].kind == "noise"
-    assert run.verdict.fault == "model_stack", "of random weights, the baseline is noise as well"
+    kinds = {rows["workflow"].kind, rows["baseline"].kind}
+    assert kinds <= {"noise", "unclear"}, "random weights make no pictures"
+    assert run.verdict.fault == ("model_stack" if kinds == {"noise"} else "undecided")
     for test in ("regions_off", "sampling", "sampler", "resolution", "matched", "attention_off"):
         assert rows[test].status == "measured" or rows[test].same_as, rows[test]
-    assert rows["regions_off"].difference > 0.01, "regions must have acted"
+    assert rows["regions_off"].difference > 1e-3, "regions must have acted"
     # Current ComfyUI builds shift 3 into Anima: with the node, the picture is the very same.
     assert any("ModelSamplingAuraFlow" in change for change in rows["sampling"].changes)
     off, patched = (live.measure.decode(run.pictures[test]) for test in ("regions_off", "sampling"))
@@ -133,7 +134,9 @@ def test_all_tests_on_random_weights(server, make):
         assert any("q [2, 16, 256, 16]" in line for line in rows["shapes"].log), rows["shapes"].log
         assert "AnimaFastRegions" in str(rows["zero_strength"].changes)
     else:
-        assert rows["attention_off"].difference < 0.02, "attention_basic computes the same"
+        assert rows["zero_strength"].difference == rows["regions_off"].difference, "no bias is no region"
+        assert rows["attention_off"].difference < 1e-3, "attention_basic computes the same"
+        assert any("n_q=256 n_k=512" in line for line in rows["shapes"].log), rows["shapes"].log
 
 
 def test_environment(server):
