@@ -196,11 +196,13 @@ def test_exp_rms_norm():
         ExpRMSNorm(24, "plain")
 
 
-def test_norm_report(file):
+def test_norm_report(file, caplog):
+    caplog.set_level("INFO", "anima_fast.encoder")
     report = norm_report(torch.tensor([0.0, 0.2, -0.5]))
     assert report["max_abs"] == pytest.approx(0.5)
     assert report["difference"] == pytest.approx(0.1065, abs=1e-4)  # exp(-0.5) - 0.5
     loaded = encoder.load(file)
+    assert "exp(w) and 1 + w differ by at most 1.0e-03" in caplog.text
     assert loaded.info()["norm"] == norm_report(load_file(file)["norm.1.weight"])
     other = encoder.load(file, head_norm="one_plus")
     difference = (loaded.encode_ids([[1, 2, 3]])[0] - other.encode_ids([[1, 2, 3]])[0]).abs().max()

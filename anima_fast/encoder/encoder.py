@@ -14,7 +14,7 @@ from .alignment import Alignment
 from .calibration import Calibration
 from .checkpoint import Checkpoint, read_checkpoint
 from .files import HEAD_NORMS, RECURRENCES
-from .head import norm_report
+from .head import log_norm
 from .prompts import batches, pieces
 from .tokenizer import PAD, load_tokenizer
 
@@ -127,7 +127,7 @@ class Encoder:
         for tensor in checkpoint.tensors.values():
             self._stored[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
         head = checkpoint.tensors.get("norm.1.weight")
-        self._norm = None if head is None else norm_report(head)
+        self._norm = None if head is None else log_norm(head)
         self._tokenizer: Any = None
         self._tokenizer_source = tokenizer
         if tokenizer is not None:  # its complaints now, not at the first prompt

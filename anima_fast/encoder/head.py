@@ -9,6 +9,7 @@ all norms of Qwen3.5 have it. They differ by about w²/2: `norm_report` tells ho
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from torch import nn
 from ..errors import invalid
 from .files import HEAD_NORMS
 
-__all__ = ["ExpRMSNorm", "Head", "norm_report"]
+__all__ = ["ExpRMSNorm", "Head", "log_norm", "norm_report"]
+
+_log = logging.getLogger("anima_fast.encoder")
 
 
 class ExpRMSNorm(nn.Module):
@@ -77,3 +80,15 @@ def norm_report(weight: torch.Tensor) -> dict[str, float]:
         "difference": float(difference.max()),
         "relative": float((difference / w.exp()).max()),
     }
+
+
+def log_norm(weight: torch.Tensor) -> dict[str, float]:
+    """`norm_report`, told to the log of a program that loads an encoder."""
+    report = norm_report(weight)
+    _log.info(
+        "head norm: weights of mean %.4f, at most %.4f; exp(w) and 1 + w differ by at most %.1e",
+        report["mean"],
+        report["max_abs"],
+        report["difference"],
+    )
+    return report

@@ -159,7 +159,8 @@ class TextEncoder(nn.Module):
 
     def hidden(self, states: torch.Tensor, layers: int | None = None) -> torch.Tensor:
         """Embeddings `[B, L, hidden_size]` -> the states after `layers` layers (all), before the head."""
-        positions = torch.arange(states.shape[1], device=states.device)[None]
+        # Three times: pictures have three coordinates, text has the same one in their places.
+        positions = torch.arange(states.shape[1], device=states.device).expand(3, 1, -1)
         rotary = self.model.rotary_emb(states, positions)
         for layer in self.model.layers[:layers]:
             states = layer(states, position_embeddings=rotary, attention_mask=None)

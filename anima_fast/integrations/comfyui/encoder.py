@@ -19,6 +19,7 @@ from comfy.text_encoders.anima import T5XXLTokenizer
 
 from ...encoder.adjust import Adjustment
 from ...encoder.checkpoint import Checkpoint, read_checkpoint
+from ...encoder.head import log_norm
 from ...encoder.model import TextEncoder
 from ...encoder.tokenizer import PAD, load_tokenizer
 
@@ -185,6 +186,8 @@ def load_clip(
         encoder_hash=checkpoint.hash,
         width=config.output_size,
     )
+    if config.head_size is not None:
+        log_norm(checkpoint.tensors["norm.1.weight"])
     loaded = load_tokenizer(tokenizer, path, config.vocab_size)
     pad = loaded.get_vocab()[PAD]
     clip = comfy.sd.CLIP(
