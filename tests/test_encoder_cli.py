@@ -404,6 +404,21 @@ def test_report(here, capsys, fitted):
     assert "mamba2" not in text and "per-dimension std, max" in text
 
 
+def test_report_with_a_file_for_each_recurrence(here, capsys, fitted):
+    other = ["--recurrence", "mamba2", "--out", "mamba2.safetensors"]
+    assert run(capsys, "encoder", "fit-alignment", ENC, *FIT, *other)[0] in (0, 1)
+    both = ["--alignment", "mamba2.safetensors", "alignment.safetensors"]
+    code, text, _ = run(capsys, "encoder", "report", ENC, "--prompts", "few.txt", *both, "--json")
+    assert code == 0 and list(json.loads(text)["results"]) == [
+        "gdn raw", "gdn aligned", "mamba2 raw", "mamba2 aligned",
+    ]  # fmt: skip
+    for recurrence, file in (("gdn", "alignment.safetensors"), ("mamba2", "mamba2.safetensors")):
+        direct = Diagnostics(24)
+        direct.add(*encoders.load(ENC, recurrence, alignment=file).encode(["a red cat", "the sea, from the side"]))
+        found = json.loads(text)["results"][f"{recurrence} aligned"]
+        assert found["l2_per_token"] == pytest.approx(direct.result()["l2_per_token"], rel=1e-6)
+
+
 def test_a_collapsed_encoder_is_a_problem(here, capsys, tmp_path):
     tensors = tiny_encoder.tensors()
     tensors["norm.3.weight"] *= 1e-3
