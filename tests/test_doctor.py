@@ -424,6 +424,7 @@ def test_attention_flags():
 def test_what_a_server_refuses():
     needed = {"ckpt": [["a.safetensors"], {}], "n": ["INT", {"min": 1, "max": 9}], "how": ["COMBO", {"options": ["x"]}]}
     info = {"Odd": {"input": {"required": {**needed, "model": ["MODEL"]}}, "output_node": True}}
+    info["Loader"] = {"input": {}, "output": ["MODEL"]}
 
     def refused(**inputs):
         workflow = read_text("x", json.dumps({"1": {"class_type": "Odd", "inputs": inputs}}), info)
@@ -444,17 +445,31 @@ def test_what_a_server_refuses():
 
 # ---- mending
 
-MENDED = [
-    name for name, entry in EXPECTED.items() if entry["faults"] and any(f.edits for f in found(read(CORPUS / name)))
-]
+#: What only a person can mend.
+UNMENDED = {
+    "fault_circle.json",
+    "fault_dangling_link.json",
+    "fault_mask_shape.json",
+    "fault_mask_vanishes.json",
+    "fault_missing_input.json",
+    "fault_no_output.json",
+    "fault_override_by_two_hooks.json",
+    "fault_regions_unused.json",
+    "fault_tiling.json",
+    "fault_tiling_hook.json",
+    "fault_two_text_encoders.json",
+    "fault_unpaired.json",
+}
 
 
-def test_most_faults_can_be_mended():
-    faults = [name for name, entry in EXPECTED.items() if entry["faults"]]
-    assert len(MENDED) >= 0.75 * len(faults), sorted(set(faults) - set(MENDED))
+@pytest.mark.parametrize("name", sorted(UNMENDED))
+def test_what_a_person_has_to_mend_is_not_touched(name):
+    text = (CORPUS / name).read_text()
+    fixed = mend(name, text)
+    assert fixed.text == text and ids(fixed.left, "error", "warning")
 
 
-@pytest.mark.parametrize("name", MENDED)
+@pytest.mark.parametrize("name", [n for n, e in EXPECTED.items() if e["faults"] and n not in UNMENDED])
 def test_fixed_workflows_pass_and_change_nothing_else(name):
     text = (CORPUS / name).read_text()
     fixed = mend(name, text)
@@ -532,7 +547,7 @@ def test_pictures(name, capsys, tmp_path):
     svg, image = tmp_path / "path.svg", tmp_path / "path.png"
     doctor(capsys, CORPUS / name, "--picture", svg)
     doctor(capsys, CORPUS / name, "--picture", image)
-    text = "".join(xml.etree.ElementTree.parse(svg).getroot().itertext())
+    text = "".join(xml.etree.ElementTree.parse(svg).getroot().itertext()).replace("\n", "")
     for finding in found(read(CORPUS / name)):
         assert finding.id in text
     if name == "seed.json":
@@ -668,7 +683,7 @@ def test_random_damage_never_ends_in_a_traceback():
     for text in texts:
         document = json.loads(text)
         places = list(walk(document))
-        for _ in range(60):
+        for turn in range(40):
             changed = copy.deepcopy(document)
             for _ in range(int(generator.integers(1, 4))):
                 path = places[generator.integers(len(places))]
@@ -677,8 +692,9 @@ def test_random_damage_never_ends_in_a_traceback():
             try:
                 workflow = read_text("x", said)
                 found(workflow)
-                mend("x", said)
                 workflow.to_api()
+                if turn % 4 == 0:
+                    mend("x", said)
             except WorkflowError:
                 pass
 

@@ -32,6 +32,11 @@ _MOST_NODES = 100_000  # after subgraphs are entered; a file can nest them to an
 _MOST_HOPS = 10_000  # reroutes and switches in a row
 
 
+_WIDGET_TYPES = frozenset({"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"})
+#: Widgets of a kind of their own, which no output can be connected to.
+_WIDGET_TYPES |= {"AUDIO_RECORD", "COLOR", "IMAGECOMPARE", "LOAD_3D", "WEBCAM"}
+
+
 class WorkflowError(ValueError):
     """The file cannot be read as a workflow; the message says what it is instead."""
 
@@ -678,6 +683,9 @@ def _widgets_by_schema(schema: Mapping[str, Any], values: list[Any]) -> list[tup
             fallback = first[0] if first else None
             value = options.get("default", fallback.get("key") if isinstance(fallback, dict) else fallback)
             found.append((name, value, None))
+        elif kind not in ("INT", "FLOAT", "STRING", "BOOLEAN"):
+            value = ""  # what the user interface draws by itself; a server wants the input to be there
+            found.append((name, value, None))
         else:
             continue
         if kind == "COMFY_DYNAMICCOMBO_V3":
@@ -696,7 +704,7 @@ def _widgets_by_schema(schema: Mapping[str, Any], values: list[Any]) -> list[tup
 def _is_widget(kind: Any, options: dict[str, Any]) -> bool:
     if options.get("forceInput") or options.get("rawLink"):
         return False
-    return isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
+    return isinstance(kind, list) or kind in _WIDGET_TYPES or options.get("socketless") is True
 
 
 def _few(names: list[str]) -> str:

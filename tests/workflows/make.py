@@ -625,6 +625,12 @@ WORKFLOWS = {
         [],
         ["sampling-shift-built-in"],
     ),
+    "right_seed_hard": (changed(hook(), "13", mode="hard"), [], ["bias-strength"]),
+    "right_regions_put_aside": (
+        changed(regions(), "7", model=["1", 0], positive=["4", 0], negative=["5", 0]),
+        [],
+        ["regions-unused"],
+    ),
     "right_regions": (regions(), [], []),
     "right_regions_ui": (to_ui(regions()), [], []),
     "right_regions_hard": (regions(mode="hard"), [], []),

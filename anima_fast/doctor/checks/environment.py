@@ -9,9 +9,11 @@ from typing import Any
 from ..case import Case
 from ..findings import Edit, Finding
 from ..guidance import COMFYUI_ANIMA, COMFYUI_NODES, family
-from ..workflow import Link
+from ..workflow import Link, Node
 
 __all__ = ["CHECKS", "table"]
+
+_MODEL_FILES = (".safetensors", ".gguf", ".ckpt", ".pt", ".sft")
 
 
 def _system(case: Case) -> Mapping[str, Any]:
@@ -111,48 +113,56 @@ def refused_values(case: Case) -> Iterator[Finding]:
     """Values that the server's own description of a node does not allow: it refuses the prompt."""
     for node in case.nodes:
         info = case.object_info.get(node.class_type)
-        if not isinstance(info, Mapping):
-            continue
-        specs = {
-            k: s for group in ("required", "optional") for k, s in ((info.get("input") or {}).get(group) or {}).items()
-        }
-        for name, spec in specs.items():
-            value = node.inputs.get(name)
-            if value is None or isinstance(value, Link) or not isinstance(spec, (list, tuple)) or not spec:
-                continue
-            options = spec[1] if len(spec) > 1 and isinstance(spec[1], Mapping) else {}
-            allowed = spec[0] if isinstance(spec[0], list) else options.get("options") if spec[0] == "COMBO" else None
-            evidence = {case.said(node.id, name): value}
-            if isinstance(allowed, list) and value not in allowed and not options.get("remote"):
-                is_file = isinstance(value, str) and value.lower().endswith(
-                    (".safetensors", ".gguf", ".ckpt", ".pt", ".sft")
+        inputs = info.get("input") if isinstance(info, Mapping) else None
+        for group in ("required", "optional"):
+            for name, spec in ((inputs or {}).get(group) or {}).items():
+                value = node.inputs.get(name)
+                if value is None or isinstance(value, Link) or not isinstance(spec, (list, tuple)) or not spec:
+                    continue
+                options = spec[1] if len(spec) > 1 and isinstance(spec[1], Mapping) else {}
+                offered = (
+                    spec[0] if isinstance(spec[0], list) else options.get("options") if spec[0] == "COMBO" else None
                 )
-                uploaded = bool(options.get("image_upload") or options.get("audio_upload"))
-                shown = ", ".join(map(str, allowed[:8])) + (" …" if len(allowed) > 8 else "")
-                yield Finding(
-                    "file-missing" if is_file or uploaded else "value-refused",
-                    "error",
-                    f"the server does not have {value}"
-                    if is_file or uploaded
-                    else f"{node} does not take {name} {value}",
-                    "ComfyUI refuses a prompt with a value that is not in its list.",
-                    f"Choose one of: {shown or 'nothing is there'}.",
-                    (node.id,),
-                    {**evidence, "offered": len(allowed)},
-                    _offered(node.id, name, str(value), allowed) if is_file else (),
-                )
-            low, high = options.get("min"), options.get("max")
-            numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if numeric and ((low is not None and value < low) or (high is not None and value > high)):
-                yield Finding(
-                    "value-refused",
-                    "error",
-                    f"{node} takes {name} from {low} to {high}, not {value}",
-                    "ComfyUI refuses a prompt with a value out of its range.",
-                    f"Set {name} within it.",
-                    (node.id,),
-                    evidence,
-                )
+                if isinstance(offered, list) and value not in offered:
+                    yield from _not_offered(case, node, name, value, offered, options)
+                yield from _out_of_range(case, node, name, value, options)
+
+
+def _not_offered(
+    case: Case, node: Node, name: str, value: Any, offered: list[Any], options: Mapping[str, Any]
+) -> Iterator[Finding]:
+    is_file = isinstance(value, str) and value.lower().endswith(_MODEL_FILES)
+    is_upload = any(key.endswith("_upload") and options[key] for key in options)
+    if options.get("remote") or not (offered or is_file or is_upload):
+        return  # fetched by the user interface, or choices that the user writes
+    missing = is_file or is_upload
+    shown = ", ".join(map(str, offered[:8])) + (" …" if len(offered) > 8 else "")
+    yield Finding(
+        "file-missing" if missing else "value-refused",
+        "error",
+        f"the server does not have {value}" if missing else f"{node} does not take {name} {value}",
+        "ComfyUI refuses a prompt with a value that is not in its list.",
+        f"Choose one of: {shown}." if offered else "Put the file into the server's folder.",
+        (node.id,),
+        {case.said(node.id, name): value, "offered": len(offered)},
+        _offered(node.id, name, str(value), offered) if is_file else (),
+    )
+
+
+def _out_of_range(case: Case, node: Node, name: str, value: Any, options: Mapping[str, Any]) -> Iterator[Finding]:
+    low, high = options.get("min"), options.get("max")
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return
+    if (low is not None and value < low) or (high is not None and value > high):
+        yield Finding(
+            "value-refused",
+            "error",
+            f"{node} takes {name} from {low} to {high}, not {value}",
+            "ComfyUI refuses a prompt with a value out of its range.",
+            f"Set {name} within it.",
+            (node.id,),
+            {case.said(node.id, name): value},
+        )
 
 
 def _offered(node: str, name: str, value: str, allowed: list[Any]) -> tuple[Edit, ...]:

@@ -60,15 +60,19 @@ def dangling(case: Case) -> Iterator[Finding]:
 
 
 def missing_input(case: Case) -> Iterator[Finding]:
+    described = [info for info in case.object_info.values() if isinstance(info, dict)]
+    produced = {kind for info in described for kind in info.get("output") or [] if isinstance(kind, str)}
     for node in case.nodes:
         info = case.object_info.get(node.class_type)
         names = set(_NEEDED.get(node.class_type, ()))
         if info is not None:
             needed = (info.get("input") or {}).get("required") or {}
-            # Inputs that grow have other names; widgets the user interface's form fills by itself.
-            names |= {name for name, spec in needed.items() if _link_only(spec)}
+            # Inputs that grow have other names; the user interface fills in widgets by itself.
+            names |= {name for name, spec in needed.items() if str(_kind(spec)) in produced and not _is_widget(spec)}
             if case.workflow.kind == "api":
                 names |= {name for name, spec in needed.items() if _is_widget(spec)}
+        if node.class_type == "ComfySwitchNode":
+            names = {"switch"}  # it asks for the chosen side only
         missing = sorted(name for name in names if name not in node.inputs)
         if missing:
             needed = (info.get("input") or {}).get("required") or {} if info is not None else {}
@@ -96,15 +100,11 @@ def _kind(spec: object) -> object:
     return spec[0] if isinstance(spec, (list, tuple)) and spec else None
 
 
-def _link_only(spec: object) -> bool:
-    kind = _kind(spec)
-    widgets = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-    return isinstance(kind, str) and kind not in widgets and not kind.startswith("COMFY_") and kind != "*"
-
-
 def _is_widget(spec: object) -> bool:
     kind = _kind(spec)
-    return isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+    options = spec[1] if isinstance(spec, (list, tuple)) and len(spec) > 1 and isinstance(spec[1], dict) else {}
+    plain = isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+    return (plain and not options.get("forceInput")) or options.get("socketless") is True
 
 
 def no_output(case: Case) -> Iterator[Finding]:

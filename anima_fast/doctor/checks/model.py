@@ -284,7 +284,7 @@ def regions_unused(case: Case) -> Iterator[Finding]:
         if not used:
             yield Finding(
                 "regions-unused",
-                "warning",
+                "warning" if node.id in case.live else "note",  # put aside on purpose, it may be
                 f"{node} has no effect: its {name} reaches no sampler",
                 "The picture is the same as without regions.",
                 f"Connect the {name} output of {node} to the sampler.",

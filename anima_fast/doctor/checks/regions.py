@@ -72,7 +72,17 @@ def strength(case: Case) -> Iterator[Finding]:
         evidence = {said: "not set: 1" if unset else value, "bias outside a mask": f"{bias:.1f}"}
         if eps is not None:
             evidence[case.said(node.id, "eps")] = eps
-        if value > guidance.BIAS_STRENGTH_MOST or bias <= guidance.BIAS_EXTREME:
+        if case.workflow.value(node.id, "mode", "soft_log") == "hard":
+            yield Finding(
+                "bias-strength",
+                "note",
+                f"{node} is hard: a bias of {bias:.1f} outside the masks",
+                "Prompts count inside their masks and nowhere else. Borders show; soft_log is more forgiving.",
+                "Nothing, if it is meant.",
+                (node.id,),
+                evidence,
+            )
+        elif value > guidance.BIAS_STRENGTH_MOST or bias <= guidance.BIAS_EXTREME:
             yield Finding(
                 "bias-strength",
                 "warning",
