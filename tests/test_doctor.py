@@ -562,6 +562,92 @@ def test_picture_of_another_kind(capsys, tmp_path):
     assert code == 2 and "written as .svg or .png" in err
 
 
+# ---- with a server
+
+needs_client = pytest.mark.skipif(
+    importlib.util.find_spec("httpx2") is None or importlib.util.find_spec("websocket") is None,
+    reason="needs pip install 'anima-fast[doctor]'",
+)
+
+
+@pytest.fixture
+def server():
+    import fake_comfyui
+
+    with fake_comfyui.FakeComfyUI() as server:
+        yield server
+
+
+def on_server(tmp_path):
+    """A workflow of the nodes and files that the server has; it samples at shift 1."""
+    nodes = make().patched("ModelSamplingAuraFlow", shift=1.0)
+    for kind, key in (("UNETLoader", "unet_name"), ("CLIPLoader", "clip_name"), ("VAELoader", "vae_name")):
+        entry = next(entry for entry in nodes.values() if entry["class_type"] == kind)
+        entry["inputs"] = {name: value for name, value in entry["inputs"].items() if name == key}
+    nodes["1"]["inputs"]["unet_name"] = "sub/anima-base-v1.0.safetensors"
+    path = tmp_path / "w.json"
+    path.write_text(json.dumps(nodes))
+    return path
+
+
+@needs_client
+def test_the_environment_of_a_server(capsys, tmp_path, server):
+    code, out, err = doctor(capsys, on_server(tmp_path), "--comfyui", server.address)
+    assert (code, err) == (1, "") and "sampling-shift" in out
+    assert "0.38.1" in out and "2.14.1+cu130" in out and "Some GPU" in out and "--use-sage-attention" in out
+    assert not server.queued
+    # The file of that name is in another folder there, which --fix writes.
+    code, out, _ = doctor(
+        capsys, CORPUS / "right_plain.json", "--comfyui", server.address, "--fix", tmp_path / "f.json", "--json"
+    )
+    document = json.loads(out)
+    assert {finding["id"] for finding in document["findings"]} == {"file-missing"}
+    edits = [(edit["input"], edit["value"]) for edit in document["fixed"]["edits"]]
+    assert edits == [("unet_name", "sub/anima-base-v1.0.safetensors")] and code == 0
+
+
+@needs_client
+def test_submit(capsys, tmp_path, server):
+    import fake_comfyui
+
+    server.draw = lambda prompt: fake_comfyui.picture()
+    code, out, _ = doctor(capsys, on_server(tmp_path), "--comfyui", server.address, "--submit")
+    assert code == 1 and "submitted: success" in out and ".png" in out  # 1: of the shift
+    assert server.queued[0]["40"]["inputs"]["shift"] == 1.0
+    server.refuse = {"7": {"errors": [{"type": "x", "message": "no", "details": ""}], "class_type": "KSampler"}}
+    code, out, _ = doctor(capsys, on_server(tmp_path), "--comfyui", server.address, "--submit", "--json")
+    assert code == 1 and json.loads(out)["submitted"]["status"] == "refused"
+
+
+@needs_client
+def test_ablate(capsys, tmp_path, server):
+    import fake_comfyui
+
+    def draw(prompt):
+        wrong = any(entry["inputs"].get("shift") == 1.0 for entry in prompt.values())
+        return fake_comfyui.noise() if wrong else fake_comfyui.picture()
+
+    server.draw = draw
+    report = tmp_path / "report.html"
+    options = ("--comfyui", server.address, "--ablate", "--report", report)
+    code, out, err = doctor(capsys, on_server(tmp_path), *options)
+    assert code == 1 and "verdict: The model is sampled with a wrong shift" in out and "test 1 of" in err
+    assert "sampling-shift" in report.read_text()
+    code, out, _ = doctor(capsys, on_server(tmp_path), *options, "--json")
+    assert json.loads(out)["tests"]["verdict"]["fault"] == "sampling"
+
+
+@needs_client
+def test_servers_that_are_none(capsys, tmp_path, server):
+    for address, message in (("http://127.0.0.1:9", "no server at"), ("ftp://x", "got 'ftp://x'"), ("", "got")):
+        code, out, err = doctor(capsys, on_server(tmp_path), "--comfyui", address)
+        assert (code, out) == (2, "") and message in err and len(err.splitlines()) == 1, err
+    bad = tmp_path / "bad.json"
+    bad.write_text("{")
+    code, _, err = doctor(capsys, bad, "--comfyui", "http://127.0.0.1:9")
+    assert code == 2 and "not JSON" in err
+
+
 # ---- bad input
 
 

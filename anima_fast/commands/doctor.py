@@ -31,8 +31,9 @@ _COLOURS = {"error": "31;1", "warning": "33;1", "note": "34;1", "dim": "2", "bol
 
 def run(options: argparse.Namespace) -> int:
     _refuse(options)
+    workflow = read(options.workflow)  # before a server is asked: a file that is none needs no server
     if options.comfyui is None:
-        return _report(options, read(options.workflow), None)
+        return _report(options, workflow, None)
     from ..doctor.server import Server
 
     with Server(options.comfyui, timeout=options.timeout) as server:
@@ -222,7 +223,7 @@ def _wrapped(text: str, first: str, rest: str) -> str:
 def _print_finding(finding: Finding) -> None:
     print()
     first = f"{finding.severity:<7}  "
-    text = _wrapped(finding.summary, first, " " * 9)
+    text = _wrapped(f"[{finding.id}] {finding.summary}", first, " " * 9)
     print(_paint(text[:7], finding.severity) + _paint(text[7:], "bold"))
     for name, value in finding.evidence.items():
         shown = ", ".join(map(str, value)) if isinstance(value, list) else value

@@ -30,16 +30,24 @@ def run_live(
     return found, code
 
 
+def _clear() -> None:
+    """Take the progress line away before results are printed."""
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
 def _submit(options: argparse.Namespace, prompt: Any, server: Server) -> tuple[dict[str, Any], int]:
     tell = _bar("workflow")
     try:
         done = live.submit(prompt, server, tell=lambda step: tell(step), fetch=False)
     except Refused as error:
+        _clear()
         if not options.json:
             print(f"\nthe server refused it: {error}")
             for node, reasons in error.nodes.items():
                 print(f"  node {node}: {'; '.join(reasons)}")
         return {"status": "refused", "error": str(error), "nodes": error.nodes}, 1
+    _clear()
     result = done.result
     files = [f"{file.subfolder + '/' if file.subfolder else ''}{file.filename}" for file in result.files()]
     if not options.json:
@@ -70,6 +78,7 @@ def _ablate(
         run = live.run(
             prompt, server, official=official, everything=options.all_tests, environment=environment, tell=tell
         )
+    _clear()
     if options.report:
         from ..doctor.report import write
 
