@@ -795,3 +795,12 @@ def test_a_report_of_an_interrupted_run(fake, tmp_path):
     for name in ("r.html", "r.md"):
         report.write(tmp_path / name, run)
         assert "The run stopped" in (tmp_path / name).read_text()
+
+
+def test_widgets_that_an_old_workflow_does_not_have():
+    """The pack's first version had no strength and no choice of attention; the server's nodes have defaults."""
+    prompt = workflow()
+    del prompt["13"]["inputs"]["strength"], prompt["14"]["inputs"]["attention_backend"]
+    found = planned(prompt)
+    assert found["zero_strength"].prompt["13"]["inputs"]["strength"] == 0.0
+    assert found["attention_off"].prompt["14"]["inputs"]["attention_backend"] == "basic"

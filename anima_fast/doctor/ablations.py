@@ -413,7 +413,8 @@ class _Planner:
         nodes = [
             n
             for n in graph.upstream(self.sampler)
-            if "strength" in graph.inputs(n) and (graph.kind(n) in _STRENGTH or n in self.regional)
+            if (graph.kind(n) in _STRENGTH or n in self.regional)
+            and "strength" in {*graph.inputs(n), *self._known_inputs(graph, n)}
         ]
         for node in nodes:
             graph.set(node, strength=0.0)
@@ -514,7 +515,8 @@ class _Planner:
                 graph.bypass(node, graph.by_type(node))
         present = [n for n in self.regional if graph.consumers(n)]
         for node in present:
-            if graph.inputs(node).get("attention_backend") == "orig":
+            backend = graph.inputs(node).get("attention_backend", "orig")
+            if "attention_backend" in self._known_inputs(graph, node) and backend == "orig":
                 graph.set(node, attention_backend="basic")
         backends = self._choices("ModelAttentionBackend", "backend")
         pytorch = next((b for b in backends if b.lower() in ("pytorch", "sdpa")), None)
