@@ -454,6 +454,7 @@ UNMENDED = {
     "fault_missing_input.json",
     "fault_no_output.json",
     "fault_override_by_two_hooks.json",
+    "fault_regional_grid.json",
     "fault_regions_unused.json",
     "fault_tiling.json",
     "fault_tiling_hook.json",

@@ -290,7 +290,9 @@ def _scaled(before: Size, factor: Any, node: str, cell: int) -> Size:
 
 def _own_size(workflow: Workflow, node: Node) -> Size:
     """Samplers that take pictures, not latents (upscalers, detailers)."""
-    return image_size(workflow, _linked(node, "image", "upscaled_image", "pixels"))
+    before = image_size(workflow, _linked(node, "image", "upscaled_image", "pixels"))
+    factor = workflow.value(node.id, "upscale_by", 1.0)
+    return _scaled(before, factor, before.node, 1) if factor != 1 else before
 
 
 def _after_another(workflow: Workflow, one: Pass, found: list[Pass]) -> bool:

@@ -245,6 +245,15 @@ def hires(denoise=0.5, scale=1.5):
     return nodes
 
 
+def hires_with_hook():
+    nodes = hook()
+    nodes["30"] = node("LatentUpscaleBy", samples=["15", 0], upscale_method="bislerp", scale_by=1.5)
+    nodes["31"] = copy.deepcopy(nodes["15"])
+    nodes["31"]["inputs"].update(latent_image=["30", 0], denoise=0.5)
+    nodes["16"]["inputs"]["samples"] = ["31", 0]
+    return nodes
+
+
 def hires_in_pixels():
     nodes = plain()
     nodes["10"] = node("ImageScaleBy", image=["8", 0], upscale_method="lanczos", scale_by=2.0)
@@ -760,6 +769,7 @@ WORKFLOWS = {
     ),
     "fault_mask_vanishes": (small_mask(regions(), 6, 6, (333, 333)), ["mask-vanishes"], ["masks-hole"]),
     "fault_mask_shape": (sized(832, 1216, regions()), ["mask-shape"], []),
+    "fault_regional_grid": (hires_with_hook(), ["regional-grid"], []),
     "fault_tiling_hook": (upscaled_in_tiles(hook()), ["tiling"], []),
     "fault_tiling": (upscaled_in_tiles(regions()), ["tiling"], []),
 }

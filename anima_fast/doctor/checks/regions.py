@@ -11,9 +11,9 @@ import numpy as np
 from .. import guidance
 from ..case import Case
 from ..findings import Edit, Finding
-from ..passes import Pass
+from ..passes import Pass, latent_size
 from ..region_masks import Regions, token_weights
-from ..workflow import Node
+from ..workflow import Link, Node
 
 __all__ = ["CHECKS"]
 
@@ -252,6 +252,33 @@ def masks(case: Case) -> Iterator[Finding]:
                 yield from _coverage(case, regions, np.stack(list(weights.values())), one)
 
 
+def _tokens(width: int, height: int) -> int:
+    return -(-width // guidance.PATCH_PIXELS) * -(-height // guidance.PATCH_PIXELS)
+
+
+def grid_size(case: Case) -> Iterator[Finding]:
+    """The hook pack makes its weights for one latent; at another size they do not fit."""
+    for regions in case.regions:
+        latent = regions.grid.inputs.get("latent") if regions.grid else None
+        made = latent_size(case.workflow, latent) if isinstance(latent, Link) else None
+        if regions.pack != "hook" or regions.grid is None or made is None or not made.known:
+            continue
+        for one, width, height in _sized(case, regions):
+            tokens, theirs = _tokens(width, height), _tokens(int(made.width), int(made.height))
+            if tokens != theirs:
+                yield Finding(
+                    "regional-grid",
+                    "warning",
+                    f"{regions.grid} makes weights for {made.width:g} x {made.height:g}, {one.node} samples "
+                    f"{width} x {height}",
+                    "The bias has a row for each of the picture's tokens; where their number differs the hook skips "
+                    "it, and regions do not act.",
+                    "Give this pass a grid, bias and hook of its own, made from its latent, or the base prompt alone.",
+                    (regions.grid.id, regions.node.id, one.node.id),
+                    {str(regions.grid): f"{theirs} tokens", str(one.node): f"{tokens} tokens"},
+                )
+
+
 def _nodes(regions: Regions, one: Pass) -> tuple[str, ...]:
     masks = [region.mask_link.node for region in regions.regions if region.mask_link]
     return tuple(dict.fromkeys([regions.grid.id if regions.grid else regions.node.id, *masks, one.node.id]))
@@ -412,4 +439,4 @@ def switched_off(case: Case) -> Iterator[Finding]:
             )
 
 
-CHECKS = (strength, eps, window, cross_only, unpaired, masks, tiling, switched_off)
+CHECKS = (strength, eps, window, cross_only, unpaired, masks, grid_size, tiling, switched_off)
