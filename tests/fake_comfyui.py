@@ -60,7 +60,7 @@ OBJECT_INFO = {
     "ModelSamplingAuraFlow": _node("MODEL", module="comfy_extras.nodes_model_advanced", model="MODEL", shift="FLOAT"),
     "LoraLoaderModelOnly": _node("MODEL", model="MODEL", lora_name="COMBO", strength_model="FLOAT"),
     "PathchSageAttentionKJ": _node("MODEL", module="custom_nodes.kjnodes", model="MODEL", sage_attention="COMBO"),
-    "ModelAttentionBackend": _node("MODEL", model="MODEL", backend=["COMBO", {"options": ["auto", "pytorch", "sage"]}]),
+    "ModelAttentionBackend": _node("MODEL", model="MODEL", attention=[["auto", "pytorch attention", "sage"], {}]),
     "SolidMask": _node("MASK", value="FLOAT", width="INT", height="INT"),
     "MaskComposite": _node("MASK", destination="MASK", source="MASK", x="INT", y="INT", operation="COMBO"),
     "PrimitiveInt": _node("INT", value="INT"),

@@ -355,6 +355,8 @@ def test_other_patches_are_removed_and_loras_stay():
     assert "LoraLoaderModelOnly" not in connected(found["baseline"].prompt)
     plain = connected(found["plain"].prompt)
     assert "ModelAttentionBackend" in plain, "without the hook, a node may choose the attention"
+    chosen = next(n["inputs"] for n in found["plain"].prompt.values() if n["class_type"] == "ModelAttentionBackend")
+    assert chosen == {"model": ["1", 0], "attention": "pytorch attention"}
 
 
 def test_no_vae_and_no_text_encoder():

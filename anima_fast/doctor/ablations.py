@@ -518,15 +518,23 @@ class _Planner:
             backend = graph.inputs(node).get("attention_backend", "orig")
             if "attention_backend" in self._known_inputs(graph, node) and backend == "orig":
                 graph.set(node, attention_backend="basic")
-        backends = self._choices("ModelAttentionBackend", "backend")
-        pytorch = next((b for b in backends if b.lower() in ("pytorch", "sdpa")), None)
-        if pytorch is not None and not any(graph.kind(n) in _ON_CONDITIONING for n in present):
+        widget, pytorch = self._pytorch_attention()
+        if widget and not any(graph.kind(n) in _ON_CONDITIONING for n in present):
             consumers = graph.consumers(*self.root)
-            node = graph.add("ModelAttentionBackend", model=list(self.root), backend=pytorch)
+            node = graph.add("ModelAttentionBackend", **{"model": list(self.root), widget: pytorch})
             for other, name in consumers:
                 graph.inputs(other)[name] = [node, 0]
             graph.changes.append(f"ModelAttentionBackend, {pytorch}, after node {self.root[0]}")
         return "no other node patches the model, and this server lets no node choose its attention"
+
+    def _pytorch_attention(self) -> tuple[str, str]:
+        """The widget of ModelAttentionBackend that names the attention, and what PyTorch's is called there."""
+        for group in self.info.get("ModelAttentionBackend", {}).get("input", {}).values():
+            for widget in group if isinstance(group, dict) else ():
+                for choice in self._choices("ModelAttentionBackend", widget):
+                    if re.match(r"pytorch|sdpa", choice, re.IGNORECASE):
+                        return widget, choice
+        return "", ""
 
     # ---- the official graph
 
