@@ -108,6 +108,11 @@ def test_blank(value):
     assert measure.measure(np.full((3, 256, 256), value)).kind == "blank"
 
 
+def test_too_small_to_tell():
+    assert measure.measure(measure.decode(picture(size=64))).kind == "unclear"
+    assert measure.measure(measure.decode(noise(size=64))).kind == "unclear"
+
+
 def test_shapes_that_cannot_be_measured():
     with pytest.raises(ValueError, match=r"picture: got shape \[3, 32, 256\]"):
         measure.measure(np.zeros((3, 32, 256)))

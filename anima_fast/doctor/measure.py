@@ -47,6 +47,9 @@ HALVES = 1.0
 
 _BLOCKS = 8
 
+#: With fewer latent pixels a side there is little over an octave to tell a slope by: everything is "unclear".
+_LEAST = 12
+
 
 @dataclasses.dataclass(frozen=True)
 class Measures:
@@ -103,6 +106,8 @@ def measure(planes: npt.ArrayLike, cell: int = CELL) -> Measures:
     slope, error = _slope(frequency, power) if power.all() else (0.0, 0.0)
     if blank:
         kind = "blank"
+    elif min(coarse.shape[1:]) < _LEAST:
+        kind = "unclear"
     elif slope - error > -NOISE or flatness > noise_above:
         kind = "noise"
     elif slope + error < -PICTURE and flatness < picture_below and fine < FINE:
