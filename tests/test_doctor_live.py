@@ -108,6 +108,11 @@ def test_blank(value):
     assert measure.measure(np.full((3, 256, 256), value)).kind == "blank"
 
 
+def test_a_regular_pattern_is_no_noise():
+    y, x = np.mgrid[:256, :256] // 24
+    assert measure.measure(np.stack([0.5 + 0.1 * ((x + y) % 2)] * 3)).kind == "unclear"
+
+
 def test_too_small_to_tell():
     assert measure.measure(measure.decode(picture(size=64))).kind == "unclear"
     assert measure.measure(measure.decode(noise(size=64))).kind == "unclear"

@@ -108,7 +108,7 @@ def measure(planes: npt.ArrayLike, cell: int = CELL) -> Measures:
         kind = "blank"
     elif min(coarse.shape[1:]) < _LEAST:
         kind = "unclear"
-    elif slope - error > -NOISE or flatness > noise_above:
+    elif flatness > noise_above or (slope - error > -NOISE and flatness > picture_below):  # a chequerboard is not flat
         kind = "noise"
     elif slope + error < -PICTURE and flatness < picture_below and fine < FINE:
         kind = "picture"
@@ -137,7 +137,7 @@ def decode(data: bytes) -> Array:
 
     try:
         with Image.open(io.BytesIO(data)) as image:
-            pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
+            pixels = np.asarray(image.convert("RGBA").convert("RGB"), dtype=np.float64) / 255
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
         raise invalid("picture", f"a file that cannot be read ({error})", "an image") from error
     return np.moveaxis(pixels, 2, 0)
