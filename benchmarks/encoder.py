@@ -139,7 +139,6 @@ def measure(chosen: argparse.Namespace) -> dict[str, object]:
     from anima_fast import encoder
     from anima_fast.bench.machine import describe
     from anima_fast.encoder import model, ssm
-    from anima_fast.encoder.checkpoint import read_checkpoint
 
     start = time.perf_counter()
     with Memory() as memory:
@@ -158,7 +157,7 @@ def measure(chosen: argparse.Namespace) -> dict[str, object]:
     split.watch(ssm, "causal_conv1d", "conv")
     models = {"anima_fast": loaded.model}
     if chosen.recurrence == "gdn":
-        tensors = read_checkpoint(chosen.measure).tensors  # mapped: the same memory
+        tensors = {name.removeprefix("model."): t for name, t in loaded.model.state_dict().items()}  # the same memory
         models["transformers"] = model.TextEncoder(loaded.config, tensors, dtype=loaded.dtype, ops=False)
         split.watch(model.qwen, "torch_chunk_gated_delta_rule", "scan")
         split.watch(model.qwen, "causal_conv1d_fn", "conv")

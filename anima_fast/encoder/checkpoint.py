@@ -40,7 +40,7 @@ OTHER_PARTS = re.compile(r"^(lm_head\.|mtp\.|model\.mtp\.|model\.visual\.|visual
 _OF_SCALED_FP8 = ("scale_weight", "weight_scale", "scale_input", "input_scale", "comfy_quant", "scaled_fp8")
 _MOST_LAYERS = 1024
 _MOST_NAMED = 60
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
 
 # safetensors' name of a type -> torch's, and the bits that are all set in a number that is not finite
 _TYPES: dict[str, tuple[torch.dtype, torch.dtype, int]] = {
@@ -480,6 +480,5 @@ def _read(
 def _finite(tensor: torch.Tensor, kind: str) -> bool:
     """Whether every number is finite, told by its bits (FP8 has no comparisons) and in blocks that fit a cache."""
     _, whole, mask = _TYPES[kind]
-    return not any(
-        ((block & mask) == mask).any() for block in tensor.reshape(-1).view(whole).split(_BLOCK) if block.numel()
-    )
+    blocks = tensor.reshape(-1).view(whole).split(_BLOCK)
+    return not any(int((block & mask).max()) == mask for block in blocks if block.numel())
