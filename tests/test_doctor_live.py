@@ -816,3 +816,10 @@ def test_widgets_that_an_old_workflow_does_not_have():
     found = planned(prompt)
     assert found["zero_strength"].prompt["13"]["inputs"]["strength"] == 0.0
     assert found["attention_off"].prompt["14"]["inputs"]["attention_backend"] == "basic"
+
+
+def test_a_prompt_that_would_run_twice_runs_once():
+    """With only the sampler's settings off, all three together are that one test."""
+    found = planned(workflow(patched=True))
+    assert found["sampler"].prompt is not None
+    assert found["matched"].prompt is None and found["matched"].same_as == "sampler"
