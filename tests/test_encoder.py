@@ -88,7 +88,6 @@ def test_gdn_is_transformers_qwen(ops):
     against_qwen(initialised(BASE), LENGTHS, ops)
 
 
-@pytest.mark.slow
 def test_gdn_is_transformers_qwen_at_every_length():
     against_qwen(initialised(BASE), range(1, 301))
 
