@@ -33,6 +33,21 @@ def test_regions_equal_a_materialised_mask(comfy, model, fast, name):
     assert (out - sample(comfy, model)).abs().max() > 0.05 * out.abs().max(), "regions must change the picture"
 
 
+def test_the_node_as_it_comes(comfy, model, fast):
+    """Its settings as they stand: soft regions by `strength`; in blend the shares are the regions' own strengths."""
+    import anima_fast.integrations.comfyui.nodes as nodes
+
+    chosen = regions(fast)
+    inputs = nodes.AnimaFastRegions.define_schema().inputs
+    widgets = {i.id: i.default for i in inputs if getattr(i, "default", None) is not None}
+    given = dict(model=model, base=None, negative=None, regions={f"region{i}": r for i, r in enumerate(chosen)})
+    for combine, strength in (("logit", 0.35), ("blend", 1.0)):
+        node = nodes.AnimaFastRegions.execute(**given, **{**widgets, "combine": combine})
+        settings = fast.Settings(combine=combine, strength=strength)
+        expected = sample(comfy, fast.apply_regions(model, chosen, settings))
+        assert torch.equal(sample(comfy, node.args[0]), expected)
+
+
 SHAPES = {
     "512 x 256 pixels, as many tokens as text rows": dict(size=(32, 64)),
     "odd size": dict(size=(17, 25)),
