@@ -200,7 +200,7 @@ def test_node_and_defaults(node):
     assert (defaults["use_alignment"], defaults["use_calibration"]) == (False, False)
     assert (defaults["alignment_strength"], defaults["output_scale"]) == (0.5, 1.0)
     assert defaults["recurrence"] == "gdn"
-    assert all(i.tooltip for i in schema.inputs if i.id != "device")
+    assert all(i.tooltip for i in schema.inputs)
     names = tuple(i.id for i in schema.inputs)
     assert names == WIDGETS[schema.node_id]
     root = Path(__file__).parents[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
@@ -14,6 +15,9 @@ from pathlib import Path
 
 import pytest
 import tiny_anima
+
+sys.path.append(str(Path(__file__).parents[1]))
+import tiny_encoder
 
 ROOT = Path(__file__).parents[2]
 CHECKOUT = os.environ.get("ANIMA_FAST_COMFYUI", "")
@@ -67,6 +71,9 @@ def server(comfy, tmp_path_factory):
     models.mkdir(parents=True)
     custom.mkdir()
     save_file(tiny_anima.state_dict(), models / "tiny.safetensors")
+    encoders = base / "models" / "text_encoders"
+    encoders.mkdir()
+    tiny_encoder.save(encoders / "qwen.safetensors", dataclasses.replace(tiny_encoder.CONFIG, head_size=1024))
     (custom / "anima_fast").symlink_to(ROOT, target_is_directory=True)
     (custom / "tiny_prompt.py").write_text(PROMPTS.format(here=str(Path(__file__).parent)))
     page = base / "page"
@@ -140,12 +147,9 @@ class Server:
 def settings_of(server, node):
     """Every widget of a node at its default, as the front end would send it."""
     inputs = server.get(f"/object_info/{node}")[node]["input"]
-    return {
-        name: options["default"]
-        for group in inputs.values()
-        for name, (_, options) in ((n, (*spec, {})[:2]) for n, spec in group.items())
-        if "default" in options
-    }
+    specs = [(name, (*spec, {})[:2]) for group in inputs.values() for name, spec in group.items()]
+    defaults = {n: o["options"][0] for n, (kind, o) in specs if kind == "COMBO"}
+    return defaults | {name: options["default"] for name, (_, options) in specs if "default" in options}
 
 
 def node(kind, **inputs):
@@ -183,7 +187,8 @@ def workflow(server, *, entries=1, **settings):
 
 def test_object_info_lists_the_nodes(server):
     info = server.get("/object_info")
-    for name in ("AnimaFastRegion", "AnimaFastRegions", "AnimaFastAccelerate", "AnimaFastRegionPreview"):
+    ours = ("Region", "Regions", "Accelerate", "RegionPreview", "LoadQwen35CLIP")
+    for name in (f"AnimaFast{node}" for node in ours):
         inputs = {**info[name]["input"]["required"], **info[name]["input"].get("optional", {})}
         silent = [key for key, spec in inputs.items() if not spec[1].get("tooltip")]
         assert not silent, f"{name}: no tooltip for {silent}"
@@ -205,6 +210,16 @@ def test_accelerate(server):
     prompt["sampler"]["inputs"].update(positive=["base", 0], negative=["negative", 0])
     assert server.queue(prompt)["status"]["status_str"] == "success"
     assert "Anima Accelerate: served 20 of 20" in server.log()
+
+
+def test_the_large_text_encoder(server):
+    prompt = workflow(server)
+    prompt["clip"] = node("AnimaFastLoadQwen35CLIP", **settings_of(server, "AnimaFastLoadQwen35CLIP"))
+    prompt["clip"]["inputs"]["clip_name"] = "qwen.safetensors"
+    for name, text in (("base", "the sea at night"), ("negative", "blurry"), ("one", "a red (cat:1.3)")):
+        prompt[name] = node("CLIPTextEncode", clip=["clip", 0], text=text)
+    done = server.queue(prompt)
+    assert done["status"]["status_str"] == "success", done["status"]
 
 
 def failed(server, prompt):

@@ -411,7 +411,13 @@ class AnimaFastLoadQwen35CLIP(io.ComfyNode):
                     tooltip="A directory with the tokenizer.json of Qwen/Qwen3.5-4B. Empty: beside the encoder, else "
                     "it is downloaded.",
                 ),
-                io.Combo.Input("device", options=["default", "cpu"], default="default", advanced=True),
+                io.Combo.Input(
+                    "device",
+                    options=["default", "cpu"],
+                    default="default",
+                    advanced=True,
+                    tooltip="cpu: never on the GPU, as in ComfyUI's own loader.",
+                ),
             ],
             outputs=[io.Clip.Output(display_name="clip")],
         )
