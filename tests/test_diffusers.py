@@ -63,8 +63,8 @@ def sample(pipe, prompt="blue cat", negative="left, left", size=(WIDTH, HEIGHT),
     arguments = dict(width=size[0], height=size[1], num_inference_steps=STEPS, negative_prompt=negative)
     if isinstance(prompt, list) and isinstance(negative, str):
         arguments["negative_prompt"] = [negative] * len(prompt)
-    generator = torch.Generator().manual_seed(7)
-    return pipe(prompt=prompt, generator=generator, output="latents", **(arguments | changed))
+    arguments["generator"] = torch.Generator().manual_seed(7)
+    return pipe(prompt=prompt, output="latents", **(arguments | changed))
 
 
 def relative(got, expected):
@@ -281,6 +281,36 @@ def test_prompts_longer_than_the_padding(pipe):
 
     got, expected, _ = both(pipe, [*REGIONS, Region(LEFT, long + "house")], run=run)
     assert relative(got, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("plan", [{}, dict(mode="hard"), dict(combine="blend"), dict(base=False), dict(pads="strip")])
+@pytest.mark.parametrize("outside", ["all", "base"])
+def test_a_batch_of_layouts(pipe, plan, outside):
+    """Each row as if its prompt, negative prompt and regions came alone, one longer than the padding among them."""
+    rows = [REGIONS, (), (Region(RIGHT[:32].T, "green tree, 3 cats"),), (*REGIONS, Region(torch.ones(8, 8), "red"))]
+    prompts = ["blue cat", "a house, " * 8, "left", ""]
+    negatives = ["left, left", "", "a tree " * 9, "red"]
+    window = dict(end_percent=0.5, outside=outside)
+    alone = []
+    for i, row in enumerate(rows):
+        with regional.enable(pipe, row, **plan, **window):
+            alone.append(sample(pipe, prompts[i], negatives[i], generator=torch.Generator().manual_seed(i)))
+    generators = [torch.Generator().manual_seed(i) for i in range(4)]
+    with regional.enable(pipe, rows, **plan, **window) as enabled:
+        together = sample(pipe, prompts, negatives, generator=generators)
+    assert not enabled.declined and enabled.served["regions"]
+    for got, expected in zip(together, alone, strict=True):
+        assert relative(got, expected[0]) < TOLERANCE
+
+
+def test_lists_of_regions_for_other_prompts(pipe):
+    with (
+        regional.enable(pipe, [REGIONS, REGIONS[:1]]),
+        pytest.raises(ValueError, match=r"regions: got 2 lists of regions for 3 prompts"),
+    ):
+        sample(pipe, ["a", "b", "c"])
+    with pytest.raises(TypeError, match=r"regions\[1\]\[0\]: got str"):
+        regional.enable(pipe, [REGIONS, ["cat"]])
 
 
 def test_image_to_image(pipe):

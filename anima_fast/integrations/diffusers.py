@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import itertools
 import logging
 import re
 import warnings
@@ -59,6 +60,8 @@ _FIELD_OF = {"masks": "mask", "region_strengths": "strength", "priorities": "pri
 
 # Schedules are fp32: a step that lies on the window's edge belongs to it.
 _SIGMA_TOLERANCE = 1e-6
+
+_WHOLE = (0.0, 0.0, 1.0, 1.0)  # top, left, bottom, right
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +107,7 @@ class Enabled:
 
 def enable(
     pipe: Any,
-    regions: Sequence[Region | Mapping[str, Any]] = (),
+    regions: Sequence[Region | Mapping[str, Any]] | Sequence[Sequence[Region | Mapping[str, Any]]] = (),
     *,
     start_percent: float = 0.0,
     end_percent: float = 1.0,
@@ -120,7 +123,9 @@ def enable(
 
     Args:
         pipe: an `AnimaModularPipeline` with its components loaded. Encodes the regions' texts now, on its device.
-        regions: `Region`s, or mappings with their fields; none: only fold the pads.
+        regions: `Region`s, or mappings with their fields; none: only fold the pads. Or a list of such lists, one for
+            each prompt of a list that the pipeline is then called with: a batch of different layouts in one launch.
+            Each of its pictures is then, up to rounding, what the pipeline gives for it alone.
         start_percent, end_percent: the part of sampling in which regions act, as in ComfyUI: sigma from
             shift·(1-p) / (1 + (shift-1)·(1-p)) of the start to that of the end, whatever the number of steps.
         outside: what the conditional call attends to out of that window: "all" prompts, unbiased, or only the "base".
@@ -145,6 +150,8 @@ def enable(
     Example:
         >>> with enable(pipe, [Region("left.png", "a red house"), Region("right.png", "a tree")], mode="hard"):
         ...     picture = pipe(prompt="a street", num_inference_steps=30).images[0]
+        >>> with enable(pipe, [[Region("left.png", "a red house")], [Region("top.png", "clouds")]]):
+        ...     pictures = pipe(prompt=["a street", "a field"], negative_prompt=["", ""]).images
     """
     _check_pipe(pipe)
     for name in plan:
@@ -174,7 +181,7 @@ def enable(
         strength = 0.35 if soft else 1.0
     state = _State(
         pipe=weakref.ref(pipe),
-        regions=_read_regions(regions),
+        rows=_read_rows(regions),
         plan_keywords={**plan, "strength": strength},
         window=(start, end),
         outside=outside,
@@ -233,19 +240,20 @@ class _State:
     """The regions of one transformer. `current` is what its running call does; None: no call, or a declined one."""
 
     pipe: weakref.ref[Any]
-    regions: tuple[Region, ...]
+    rows: tuple[tuple[Region, ...], ...]  # of each prompt; one: of every prompt
     plan_keywords: dict[str, Any]
     window: tuple[float, float]
     outside: str
     base: bool
     blocks: frozenset[int]
     backend: str | None
-    texts: tuple[_Text, ...] = ()
-    contexts: tuple[torch.Tensor, ...] = ()
-    plan: RegionPlan | None = None
+    texts: dict[str, _Text] = dataclasses.field(default_factory=dict)  # by prompt
+    contexts: tuple[tuple[torch.Tensor, ...], ...] = ()  # of each row's regions
+    plans: tuple[RegionPlan | None, ...] = ()  # of each row; None: it has no regions
     conditioning: bool = False
     current: tuple[_Call, bool, bool] | None = None  # the call, whether it is conditional, whether regions act
-    calls: dict[bool, _Call] = dataclasses.field(default_factory=dict)  # the last conditional one and the last other
+    # By whether it is conditional, and tile: those with the last conditional prompts and with the last others.
+    calls: dict[tuple[bool, tuple[float, ...]], _Call] = dataclasses.field(default_factory=dict)
     sigmas: tuple[weakref.ref[torch.Tensor], list[float]] | None = None
     served: Counter[str] = dataclasses.field(default_factory=Counter)
     declined: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -257,12 +265,15 @@ class _State:
     def encode(self, pipe: Any, max_sequence_length: int) -> None:
         """The regions' texts through the text encoder, once."""
         encoder = importlib.import_module("diffusers.modular_pipelines.anima.encoders").AnimaTextEncoderStep
-        texts = []
-        for i, region in enumerate(self.regions):
+        for row, i, region in (
+            (row, i, region) for row, regions in enumerate(self.rows) for i, region in enumerate(regions)
+        ):
+            if region.prompt in self.texts:
+                continue
             length = len(pipe.t5_tokenizer(region.prompt).input_ids)
             if length > max_sequence_length:
                 warnings.warn(
-                    f"regions[{i}].prompt has {length} tokens and is cut off after max_sequence_length = "
+                    f"{self._name(row)}[{i}].prompt has {length} tokens and is cut off after max_sequence_length = "
                     f"{max_sequence_length}",
                     stacklevel=3,
                 )
@@ -275,38 +286,43 @@ class _State:
                 "target_input_ids": found["t5_input_ids"],
                 "target_attention_mask": found["t5_attention_mask"],
             }
-            texts.append(_Text(inputs, int(found["t5_attention_mask"].sum())))
-        self.texts = tuple(texts)
+            self.texts[region.prompt] = _Text(inputs, int(found["t5_attention_mask"].sum()))
+
+    def _name(self, row: int) -> str:
+        """What errors call a row's regions."""
+        return f"regions[{row}]" if len(self.rows) > 1 else "regions"
 
     def condition(self, pipe: Any) -> None:
-        """The regions' contexts from the text conditioner as it is now, and the plan over their rows."""
+        """The regions' contexts from the text conditioner as it is now, and the plans over their rows."""
         device, conditioner = pipe._execution_device, pipe.text_conditioner
-        contexts, ranges, pads, row = [], [], [], 0
         zero_pads = _pads_are_zero(pipe.transformer)
-        for text in self.texts:
+        known: dict[str, tuple[torch.Tensor, int]] = {}  # by prompt: its rows and the number of its pads
+        for prompt, text in self.texts.items():
             inputs = {name: value.to(device) for name, value in text.conditioner_inputs.items()}
             inputs["source_hidden_states"] = inputs["source_hidden_states"].to(conditioner.dtype)
-            rows = conditioner(**inputs)[0]
-            tokens = text.tokens if zero_pads else rows.shape[0]
-            contexts.append(rows[:tokens])
-            ranges.append((row, row + tokens))
-            pads.append(rows.shape[0] - tokens)
-            row += tokens
-        self.contexts = tuple(contexts)
-        if not self.regions:
-            return
+            found = conditioner(**inputs)[0]
+            tokens = text.tokens if zero_pads else found.shape[0]
+            known[prompt] = found[:tokens], found.shape[0] - tokens
+        self.contexts = tuple(tuple(known[region.prompt][0] for region in regions) for regions in self.rows)
+        self.plans = tuple(
+            self._plan(row, regions, [known[region.prompt] for region in regions]) if regions else None
+            for row, regions in enumerate(self.rows)
+        )
+
+    def _plan(self, row: int, regions: Sequence[Region], known: Sequence[tuple[torch.Tensor, int]]) -> RegionPlan:
+        ends = list(itertools.accumulate(len(context) for context, _ in known))
         try:
-            self.plan = RegionPlan.from_masks(
-                [region.mask for region in self.regions],
-                ranges,
-                pad_counts=pads,
-                region_strengths=[region.strength for region in self.regions],
-                priorities=[region.priority for region in self.regions],
+            return RegionPlan.from_masks(
+                [region.mask for region in regions],
+                list(zip([0, *ends[:-1]], ends, strict=True)),
+                pad_counts=[pads for _, pads in known],
+                region_strengths=[region.strength for region in regions],
+                priorities=[region.priority for region in regions],
                 **self.plan_keywords,
             )
         except (TypeError, ValueError) as error:
             pattern = rf"^({'|'.join(_FIELD_OF)})\[(\d+)\]"
-            text_of = re.sub(pattern, lambda m: f"regions[{m[2]}].{_FIELD_OF[m[1]]}", str(error))
+            text_of = re.sub(pattern, lambda m: f"{self._name(row)}[{m[2]}].{_FIELD_OF[m[1]]}", str(error))
             raise type(error)(text_of) from error
 
     # ---------------------------------------------------------------------------------------------- installation
@@ -335,7 +351,7 @@ class _State:
     def _after_conditioner(self, *_: Any) -> None:
         """The pipeline has conditioned its own prompt: again for the regions, with whatever LoRA is loaded now."""
         pipe = self.pipe()
-        if self.conditioning or pipe is None or not self.regions:
+        if self.conditioning or pipe is None or not self.texts:
             return
         self.conditioning = True
         try:
@@ -353,12 +369,23 @@ class _State:
         pipe = self.pipe()
         if pipe is None or latents is None or not isinstance(embeds, torch.Tensor):
             return self.decline("the transformer was not called by the pipeline that was enabled")
-        conditional = bool(self.regions) and pipe.guider.is_conditional
+        tiles = getattr(transformer, "_anima_fast_tiles", None)  # of runner.tiles
+        if tiles is not None and tiles.box is None:
+            return None  # the whole canvas: its tiles come one by one
+        conditional = bool(self.texts) and pipe.guider.is_conditional
         frames, height, width = (s // p for s, p in zip(latents.shape[2:], transformer.config.patch_size, strict=True))
         grid = (frames, height, width)
-        call = self.calls.get(conditional)
+        box = _WHOLE if tiles is None else tiles.box
+        call = self.calls.get((conditional, box))
         if call is None or call.embeds() is not embeds or call.grid != grid:
-            call = self.calls[conditional] = self._prepare(transformer, embeds, grid, conditional)
+            shortest = pipe.text_conditioner.config.min_sequence_length
+            self.calls = {
+                key: other
+                for key, other in self.calls.items()
+                if other.embeds() is not None and (key[0] != conditional or other.embeds() is embeds)
+            }
+            call = self._prepare(transformer, embeds, grid, conditional, shortest, box)
+            self.calls[conditional, box] = call
         self.current = (call, conditional, conditional and self._in_window(pipe))
         return None
 
@@ -382,35 +409,62 @@ class _State:
         first, last = (percent_to_sigma(percent, shift) for percent in self.window)
         return last - _SIGMA_TOLERANCE <= sigma <= first + _SIGMA_TOLERANCE
 
-    def _prepare(self, transformer: Any, embeds: torch.Tensor, grid: tuple[int, int, int], conditional: bool) -> _Call:
-        """The context and the plan of each kind of call with these prompts, one a row of the batch."""
-        rows = embeds.shape[1]
-        tokens = _real_rows(embeds) if _pads_are_zero(transformer) else [rows] * embeds.shape[0]
+    def _prepare(
+        self,
+        transformer: Any,
+        embeds: torch.Tensor,
+        grid: tuple[int, int, int],
+        conditional: bool,
+        shortest: int,
+        box: tuple[float, ...],
+    ) -> _Call:
+        """The context and the plan of each kind of call with these prompts, one a row of the batch, on a tile.
+
+        `shortest` is what the conditioner pads a prompt to that comes alone.
+        """
+        count = embeds.shape[0]
+        if count % len(self.rows):
+            raise invalid("regions", f"{len(self.rows)} lists of regions for {count} prompts", "one for each prompt")
+        tokens = _real_rows(embeds) if _pads_are_zero(transformer) else [embeds.shape[1]] * count
         prompts = embeds[:, : max(tokens)]
-        before = sum(len(context) for context in self.contexts)
-        own = [RegionPlan.plain(count, rows - count, pads=self.plan_keywords.get("pads", "fold")) for count in tokens]
+        # Among different prompts, a longer one adds no pads to the others.
+        padded = shortest if len(self.rows) > 1 else embeds.shape[1]
+        kinds = [(row * len(self.rows) // count, tokens[row]) for row in range(count)]
+        different = dict.fromkeys(kinds)  # rows of one kind have one plan
+        pads = self.plan_keywords.get("pads", "fold")
+        own = {kind: RegionPlan.plain(kind[1], max(padded - kind[1], 0), pads=pads) for kind in different}
         plans = {"plain": own}
         contexts = {"plain": prompts}
         if conditional:
-            assert self.plan is not None
-            together = [part.to(embeds)[None].expand(len(embeds), -1, -1) for part in self.contexts]
-            contexts["regions"] = torch.cat([*together, prompts], dim=1)
-            whole = [self._with_base(self.plan, before, count, rows - count) for count in tokens]
-            plans["regions"] = whole if self.base else [self.plan] * len(tokens)
+            together = [
+                torch.cat([*(part.to(embeds) for part in self.contexts[layout]), embeds[row, :length]])
+                for row, (layout, length) in enumerate(kinds)
+            ]
+            contexts["regions"] = torch.nn.utils.rnn.pad_sequence(together, batch_first=True)
+            plans["regions"] = {}
+            for layout, length in different:
+                plan = self.plans[layout]
+                if plan is None:
+                    plan = own[layout, length]
+                elif self.base:
+                    start = sum(len(context) for context in self.contexts[layout])
+                    plan = self._with_base(plan, start, length, max(padded - length, 0))
+                plans["regions"][layout, length] = plan
             if self.outside == "all":
                 contexts["outside"] = contexts["regions"]
-                plans["outside"] = [
-                    dataclasses.replace(plan, combine="logit", strength=0.0) for plan in plans["regions"]
-                ]
+                plans["outside"] = {
+                    kind: dataclasses.replace(plan, combine="logit", strength=0.0)
+                    for kind, plan in plans["regions"].items()
+                }
             else:
                 contexts["outside"], plans["outside"] = prompts, own
         bound = {}
-        for kind, of_rows in plans.items():
-            of_count = dict(zip(tokens, of_rows, strict=True))
-            different = [plan.bind(grid, device=embeds.device) for plan in of_count.values()]
-            index = [list(of_count).index(count) for count in tokens]
-            bound[kind] = different[0] if len(different) == 1 else BoundPlan.batch(different, index)
-        return _Call(weakref.ref(embeds), grid, contexts, bound)
+        for name, of_kind in plans.items():
+            single = [plan.crop(box).bind(grid, device=embeds.device) for plan in of_kind.values()]
+            index = [list(different).index(kind) for kind in kinds]
+            bound[name] = single[0] if len(single) == 1 else BoundPlan.batch(single, index)
+        alike = next((call for (of, _), call in self.calls.items() if of == conditional), None)
+        return _Call(weakref.ref(embeds), grid, contexts if alike is None else alike.context, bound)
 
     @staticmethod
     def _with_base(plan: RegionPlan, start: int, tokens: int, pads: int) -> RegionPlan:
@@ -494,25 +548,32 @@ def _check_pipe(pipe: Any) -> None:
         raise invalid("pipe", f"a pipeline around {name}", "Anima's, a CosmosTransformer3DModel of text alone")
 
 
-def _read_regions(regions: Any) -> tuple[Region, ...]:
+def _read_rows(regions: Any) -> tuple[tuple[Region, ...], ...]:
+    if isinstance(regions, (list, tuple)) and regions and all(isinstance(row, (list, tuple)) for row in regions):
+        several = len(regions) > 1
+        return tuple(_read_regions(row, f"regions[{i}]" if several else "regions") for i, row in enumerate(regions))
+    return (_read_regions(regions, "regions"),)
+
+
+def _read_regions(regions: Any, called: str) -> tuple[Region, ...]:
     if isinstance(regions, (str, bytes, Mapping, Region)) or not isinstance(regions, Sequence):
-        raise wrong_type("regions", regions, "a sequence of Regions")
+        raise wrong_type(called, regions, "a sequence of Regions")
     found = []
     fields = [field.name for field in dataclasses.fields(Region)]
     for i, region in enumerate(regions):
         if isinstance(region, Mapping):
             for name in region:
                 if name not in fields:
-                    raise invalid(f"regions[{i}]", f"the unknown key {name!r}", " | ".join(fields))
+                    raise invalid(f"{called}[{i}]", f"the unknown key {name!r}", " | ".join(fields))
             for name in ("mask", "prompt"):
                 if name not in region:
-                    raise invalid(f"regions[{i}].{name}", "nothing", "a value; it is required")
+                    raise invalid(f"{called}[{i}].{name}", "nothing", "a value; it is required")
             region = Region(**region)
         if not isinstance(region, Region):
-            raise wrong_type(f"regions[{i}]", region, "a Region, or a mapping with its fields")
+            raise wrong_type(f"{called}[{i}]", region, "a Region, or a mapping with its fields")
         if not isinstance(region.prompt, str):
-            raise wrong_type(f"regions[{i}].prompt", region.prompt, "a string")
-        found.append(dataclasses.replace(region, mask=load_mask(region.mask, f"regions[{i}].mask")))
+            raise wrong_type(f"{called}[{i}].prompt", region.prompt, "a string")
+        found.append(dataclasses.replace(region, mask=load_mask(region.mask, f"{called}[{i}].mask")))
     return tuple(found)
 
 
