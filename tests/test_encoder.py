@@ -362,6 +362,10 @@ HOSTILE = {
         lambda t: [t.update({f"text_encoder.{n}": t.pop(n)}) for n in list(t)],
         "tensors under 'text_encoder.'; allowed: .*'model.language_model.'",
     ),
+    "Qwen3": (
+        lambda t: [t.pop(n) for n in list(t) if ".linear_attn." in n],
+        r"without a recurrent layer \(linear_attn\), as Qwen3",
+    ),
     "another model": (
         lambda t: [t.pop(n) for n in list(t) if n != "norm.0.bias"],
         "norm.0.bias, no Qwen3.5 text model",

@@ -350,6 +350,9 @@ def _infer(path: Path, found: dict[str, tuple[int, ...]], given: list[tuple[str,
     layers = max(kinds, default=-1) + 1
     if not 0 < layers <= _MOST_LAYERS:
         raise invalid("path", f"{str(path)!r} with {layers} layers", f"1 to {_MOST_LAYERS} layers, numbered from 0")
+    if "linear_attention" not in kinds.values():
+        got = f"{str(path)!r} without a recurrent layer (linear_attn), as Qwen3 is"
+        raise invalid("path", got, "a Qwen3.5 text model; Anima's own Qwen3-0.6B needs no other loader than ComfyUI's")
     usual = ["full_attention" if (i + 1) % 4 == 0 else "linear_attention" for i in range(layers)]
     last = f"layers.{layers - 1}."
     headless = "norm.weight" in found and not any(name.startswith(("norm.0.", "norm.1.", "norm.3.")) for name in found)
