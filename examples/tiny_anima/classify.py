@@ -61,7 +61,12 @@ def classify(image: np.ndarray, box: tuple[int, int, int, int] | None = None) ->
         >>> classify(pictures.draw(picture)).colour
         'red'
     """
-    left, top, right, bottom = box or (0, 0, image.shape[1], image.shape[0])
+    return within(find(image), box or (0, 0, image.shape[1], image.shape[0]))
+
+
+def within(found: list[Found], box: tuple[int, int, int, int]) -> Found | None:
+    """Of found objects the one with the largest part in a box."""
+    left, top, right, bottom = box
 
     def part(one: Found) -> float:
         width = min(right, one.box[2]) - max(left, one.box[0])
@@ -69,7 +74,7 @@ def classify(image: np.ndarray, box: tuple[int, int, int, int] | None = None) ->
         whole = (one.box[2] - one.box[0]) * (one.box[3] - one.box[1])
         return one.area * max(0, width) * max(0, height) / whole
 
-    best = max(find(image), key=part, default=None)
+    best = max(found, key=part, default=None)
     return best if best is not None and part(best) > 0 else None
 
 
@@ -107,14 +112,24 @@ def _smooth(mask: torch.Tensor) -> torch.Tensor:
 def _patches(mask: torch.Tensor) -> list[torch.Tensor]:
     """Connected parts of at least LEAST_AREA pixels: each pixel takes its neighbours' greatest number until none
     changes."""
-    numbers = torch.arange(1, mask.numel() + 1, dtype=torch.float64).view(mask.shape) * mask
+    rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
+    if len(rows) == 0:
+        return []
+    where = (slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1))
+    inner = mask[where]
+    numbers = torch.arange(1, inner.numel() + 1, dtype=torch.float64).view(inner.shape) * inner
     while True:
-        spread = F.max_pool2d(numbers[None], 3, 1, 1)[0] * mask
+        spread = F.max_pool2d(numbers[None], 3, 1, 1)[0] * inner
         if torch.equal(spread, numbers):
             break
         numbers = spread
-    found, areas = torch.unique(numbers[mask], return_counts=True)
-    return [numbers == number for number, area in zip(found, areas, strict=True) if area >= LEAST_AREA]
+    patches = []
+    for number, area in zip(*torch.unique(numbers[inner], return_counts=True), strict=True):
+        if area >= LEAST_AREA:
+            patch = torch.zeros_like(mask)
+            patch[where] = numbers == number
+            patches.append(patch)
+    return patches
 
 
 def _describe(colour: str, patch: torch.Tensor) -> Found:

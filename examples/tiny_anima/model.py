@@ -86,13 +86,33 @@ def build_vae() -> Any:
     vae = AutoencoderKLQwenImage(
         base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1, latents_mean=[0.0] * 16, latents_std=[1.0] * 16
     )
-    for name, p in vae.named_parameters():
-        if p.ndim == 5:  # of a causal kernel a single frame meets the last time step only: make its gain 1
-            last = p.detach()[:, :, -1].clone()
-            torch.nn.init.zeros_(p)
-            p.data[:, :, -1] = last * p.shape[2] ** 0.5 * (1.7 if "conv1" in name or "conv2" in name else 1.0)
-    vae.quant_conv.bias.data[16:] = -5.0  # log variance: at 0 the noise hides the picture, and nothing is learnt
+    _start_as_averages(vae)
     return vae
+
+
+@torch.no_grad()
+def _start_as_averages(vae: Any) -> None:
+    """Before training, most of the VAE hands its input on (down: 2 x 2 means; up: copies), so that colours come through
+    from the first step. From random weights it learns brightness, and for hundreds of steps nothing else.
+    Of a causal kernel a single frame meets the last time step only; the others start at zero."""
+    for name, p in vae.named_parameters():
+        if p.ndim < 4:
+            continue
+        kernel = p.clone() if p.ndim == 4 else p[:, :, -1].clone()
+        if "conv2" in name or "proj" in name:  # the last layer of a residual branch
+            kernel.zero_()
+        elif "conv1" not in name and "to_qkv" not in name:
+            through = torch.zeros_like(kernel)
+            torch.nn.init.dirac_(through)
+            if "resample" in name and kernel.shape[0] == kernel.shape[1]:
+                through.zero_()
+                through.diagonal().movedim(-1, 0)[:, :2, :2] = 0.25
+            kernel = through + 0.3 * kernel
+        p.zero_()
+        (p if p.ndim == 4 else p[:, :, -1]).copy_(kernel)
+    half = vae.quant_conv.bias.shape[0] // 2
+    vae.quant_conv.weight[half:] *= 0.1
+    vae.quant_conv.bias[half:] = -5.0  # log variance: at 0 the noise hides the picture
 
 
 def build(qwen_vocabulary: int, t5_vocabulary: int, *, rows: int = ROWS) -> torch.nn.ModuleDict:

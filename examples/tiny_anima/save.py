@@ -21,7 +21,7 @@ def components(run: Path) -> dict[str, Any]:
     qwen, t5 = model.load_tokenizers(run)
     parts = model.build(len(qwen), len(t5))
     state = torch.load(run / "train.pt", weights_only=True)
-    parts.load_state_dict(state["average"], strict=False)
+    parts.load_state_dict(state["average"])
     vae = model.build_vae()
     vae.load_state_dict(torch.load(run / "vae.pt", weights_only=True)["vae"])
     scale = torch.load(run / "latent_scale.pt", weights_only=True)

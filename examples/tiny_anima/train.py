@@ -28,7 +28,7 @@ from tqdm import tqdm
 LEARNING_RATE = 1e-3
 DROPOUT = 0.1  # of captions
 EMA = 0.999
-TOKENS = 4096  # of pictures in a batch
+TOKENS = 2048  # of pictures in a batch
 PARTS = ("text_encoder", "text_conditioner", "transformer")
 
 
@@ -50,7 +50,7 @@ class Data:
         rng = np.random.default_rng((2, self.seed, step))
         size = rng.choice(len(self.latents), p=self._weights(step))
         latents = self.latents[size]
-        count = max(16, min(128, 4 * TOKENS // (latents.shape[2] * latents.shape[3])))
+        count = max(8, min(96, 4 * TOKENS // (latents.shape[2] * latents.shape[3])))
         chosen = rng.integers(len(latents), size=count)
         captions = []
         for i in chosen:
@@ -98,9 +98,8 @@ def loss_of(parts: Any, qwen: Any, t5: Any, latents: torch.Tensor, captions: lis
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(latents.shape, generator=generator)
     # stratified: one u in each of B equal intervals
-    u = (torch.randperm(len(latents), generator=generator) + torch.rand(len(latents), generator=generator)) / len(
-        latents
-    )
+    count = len(latents)
+    u = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
     sigma = model.SHIFT * u / (1 + (model.SHIFT - 1) * u)
     s = sigma.view(-1, 1, 1, 1, 1)
     rows, bias = fold(context(parts, qwen, t5, captions))
@@ -119,7 +118,7 @@ class Training:
         decayed = [p for p in self.parts.parameters() if p.ndim >= 2]
         others = [p for p in self.parts.parameters() if p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
+        self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.99))
         self.done = 0
         self.losses: list[float] = []
 
