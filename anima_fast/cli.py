@@ -66,6 +66,13 @@ def _count(text: str) -> int:
 _count.__name__ = "whole number"  # what argparse calls it in errors
 
 
+def _factor(text: str) -> float:
+    return float(text.lower().removesuffix("x"))
+
+
+_factor.__name__ = "factor such as 2x"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="anima-fast",
@@ -155,7 +162,8 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
         '  anima-fast generate --prompt "a village street, evening" --region left.png="a red house" '
         '--region right.png="a tree" --out street.png\n'
         "  anima-fast generate --like street.png --seed 7 --out other.png\n"
-        '  anima-fast generate --prompt "oil painting" --image photo.jpg --strength 0.5 --out painting.png\n\n'
+        '  anima-fast generate --prompt "oil painting" --image photo.jpg --strength 0.5 --out painting.png\n'
+        '  anima-fast generate --prompt "a city from above" --hires 4x --tiled --out city.png\n\n'
         "A picture holds all that made it, masks and image included: --like makes it again, and options beside\n"
         "--like change what they name. Sizes are multiples of 16.",
     )
@@ -189,6 +197,12 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     add("--strength", type=float, metavar="X", help="how much of --image is made anew, 0 to 1 (default: 0.6)")
     add("--dtype", choices=tuple(DTYPES), help="default: bf16, on a CPU fp32")
     add("--device", help="cpu, cuda, cuda:1, mps … (default: a GPU if there is one)")
+    large = generate.add_argument_group("large pictures (docs/high_resolution.md)").add_argument
+    large("--hires", type=_factor, metavar="Nx", help="a second pass at N times --size, from the enlarged first one")
+    large("--hires-denoise", type=float, metavar="X", help="how much of it is made anew, 0 to 1 (default: 0.5)")
+    large("--tiled", action=argparse.BooleanOptionalAction, help="work on overlapping tiles (default: no)")
+    large("--tile", type=_count, metavar="N", help="largest side of a tile in pixels (default: 1024)")
+    large("--overlap", type=int, metavar="N", help="pixels that neighbours share (default: an eighth of --tile)")
     text = generate.add_argument_group("another text encoder (docs/encoder.md)").add_argument
     text(
         "--encoder", metavar="FILE", help="the hybrid encoder, qwen35_4b.safetensors; stock: the model's own (default)"

@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--out: the directory {str(out.parent)!r} does not exist")
     request.check()
-    notes = stretched(request.regions, request.size)
+    notes = stretched(request.regions, request.final_size)
     started = time.perf_counter()
     directory = find(request.model)
     watch = _Watch(out.with_suffix(".preview.png"), options.preview)
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     report: dict[str, Any] = {
         "files": [str(file) for file in files],
         "seed": request.seed,
-        "size": list(request.size),
+        "size": list(request.final_size),
         "model": request.model,
         "device": device,
         "dtype": request.dtype,
@@ -97,9 +97,9 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(report, indent=1))
         return 0
-    steps = watch.steps
+    width, height = request.final_size
     print(
-        f"{', '.join(report['files'])}: {request.size[0]} x {request.size[1]}, seed {request.seed}, {steps} steps in "
+        f"{', '.join(report['files'])}: {width} x {height}, seed {request.seed}, {watch.steps} steps in "
         f"{report['seconds']:.1f} s ({device}, {request.dtype}; model loaded in {report['load_seconds']:.1f} s)"
     )
     for note in notes:
@@ -200,13 +200,17 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
     def __call__(self, done: int, total: int, block_state: Any) -> None:
         from tqdm import tqdm
 
-        if self.bar is None:
+        if done == 1:  # of the first pass, or of the next
+            self.close()
             self.bar = tqdm(total=total, desc="sampling", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False)
-        self.steps = done
+        self.steps += 1
         if self.every and done % self.every == 0 and done < total:
             write_png(preview(self.pipe, block_state), self.path)
         self.bar.update()
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

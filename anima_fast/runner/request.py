@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import dataclasses
 import inspect
 import io
@@ -27,14 +28,24 @@ from ..masks import MAX_MASK_PIXELS, load_mask
 from ..plan import RegionPlan
 from .encoder import EncoderChoice
 from .model import DEFAULT_MODEL
+from .tiles import TOKEN, check_tile, decode, encode, latents_only, tiled
 
-__all__ = ["CHUNK", "DTYPES", "Embedded", "Request", "RequestRegion", "generate", "preview", "read_record", "write_png"]
+__all__ = [
+    "CHUNK",
+    "DTYPES",
+    "TOKEN",
+    "Embedded",
+    "Request",
+    "RequestRegion",
+    "generate",
+    "png",
+    "preview",
+    "read_record",
+    "write_png",
+]
 
 CHUNK = "anima_fast"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-#: Pixels a token covers; diffusers takes no other sizes.
-TOKEN = 16
 
 _LARGEST_SEED = 2**63 - 1
 
@@ -89,6 +100,11 @@ class Request:
     batch: int = 1
     image: Embedded | None = None
     strength: float = 0.6
+    hires: float | None = None  # None: one pass
+    hires_denoise: float = 0.5
+    tiled: bool = False
+    tile: int = 1024
+    overlap: int | None = None  # None: about an eighth of the tile
     start: float = 0.0
     end: float = 1.0
     outside: str = "all"
@@ -97,6 +113,22 @@ class Request:
     dtype: str = "fp32"
     model: str = DEFAULT_MODEL
     encoder: EncoderChoice | None = None  # None: the model's own
+
+    @property
+    def final_size(self) -> tuple[int, int]:
+        """(width, height) of the picture that comes out."""
+        factor = self.hires or 1.0
+        width, height = (max(TOKEN, round(side * factor / TOKEN) * TOKEN) for side in self.size)
+        return width, height
+
+    @property
+    def large(self) -> bool:
+        """Whether it takes more than one call of the pipeline as it is."""
+        return self.tiled or self.hires is not None
+
+    @property
+    def tile_overlap(self) -> int:
+        return max(TOKEN, self.tile // 8 // TOKEN * TOKEN) if self.overlap is None else self.overlap
 
     def check(self) -> None:
         """Raises what can be said without the model. Errors name the command's options."""
@@ -118,6 +150,14 @@ class Request:
             raise invalid("--strength", f"{self.strength}", "above 0 and at most 1")
         if self.image is not None and int(self.steps * self.strength) < 1:
             raise invalid("--strength", f"{self.strength} of {self.steps} steps", "at least one step's worth")
+        if self.hires is not None:
+            if not 1 < self.hires <= 16:
+                raise invalid("--hires", f"{self.hires:g}x", "above 1x and at most 16x")
+            if not (0 < self.hires_denoise <= 1 and int(self.steps * self.hires_denoise) >= 1):
+                what = f"{self.hires_denoise} of {self.steps} steps"
+                raise invalid("--hires-denoise", what, "at least one step's worth, at most 1")
+        if self.tiled:
+            check_tile(self.tile, self.tile_overlap)
         if not 0 <= self.start <= self.end <= 1:
             raise invalid("--start, --end", f"{self.start:g} and {self.end:g}", "0 <= start <= end <= 1")
         for name in self.plan:
@@ -178,6 +218,7 @@ class Request:
 
 _KINDS: dict[str, type] = {
     "prompt": str, "negative": str, "seed": int, "steps": int, "batch": int, "plan": dict, "model": str, "dtype": str,
+    "tiled": bool, "tile": int,
 }  # fmt: skip
 
 
@@ -195,22 +236,28 @@ def _unpack(packed: dict[str, str]) -> Embedded:
 def generate(pipe: Any, request: Request) -> tuple[list[Any], Enabled]:
     """The request's pictures (PIL), and what its regions did. Picture i is drawn from seed + i.
 
-    Raises FloatingPointError when the model gives NaN.
+    Raises FloatingPointError when the model gives NaN; ValueError for a size that it does not take.
     """
+    _check_side(pipe, request)
     pipe.scheduler.set_shift(pipe.scheduler.config.shift if request.shift is None else request.shift)
     pipe.update_components(guider=pipe.guider.new(guidance_scale=request.guidance))
-    width, height = request.size
-    arguments: dict[str, Any] = {}
+    image = None
     if request.image is not None:
         from PIL import ImageOps
 
         image = ImageOps.exif_transpose(request.image.image("--image")).convert("RGB")
-        arguments = {"image": image, "strength": request.strength}
     regions = [
         Region(region.mask.image("--region"), region.prompt, region.strength, region.priority)
         for region in request.regions
     ]
     generators = [torch.Generator().manual_seed(request.seed + i) for i in range(request.batch)]
+    arguments: dict[str, Any] = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative,
+        "num_inference_steps": request.steps,
+        "num_images_per_prompt": request.batch,
+        "generator": generators if request.batch > 1 else generators[0],
+    }
     with enable(
         pipe,
         regions,
@@ -220,40 +267,67 @@ def generate(pipe: Any, request: Request) -> tuple[list[Any], Enabled]:
         base=request.base,
         **request.plan,
     ) as enabled:
-        found = pipe(
-            prompt=request.prompt,
-            negative_prompt=request.negative,
-            width=width,
-            height=height,
-            num_inference_steps=request.steps,
-            num_images_per_prompt=request.batch,
-            generator=generators if request.batch > 1 else generators[0],
-            output_type="pt",
-            output="images",
-            **arguments,
-        )
+        if request.large:
+            return _large(pipe, request, image, arguments), enabled
+        if image is not None:
+            arguments |= {"image": image, "strength": request.strength}
+        width, height = request.size
+        found = pipe(**arguments, width=width, height=height, output_type="pt", output="images")
     if not bool(torch.isfinite(found).all()):
         raise FloatingPointError(f"the model gave NaN in {request.dtype}")
     processor = pipe.image_processor
     return processor.numpy_to_pil(processor.pt_to_numpy(found)), enabled
 
 
+def _large(pipe: Any, request: Request, image: Any, arguments: dict[str, Any]) -> list[Any]:
+    """The pictures of a request that is tiled or has a hires pass. The latter starts from the first pass's pictures,
+    enlarged as pictures: latents have no meaning between their places."""
+    from PIL import Image
+
+    with contextlib.ExitStack() as stack:
+        tiles = None
+        if request.tiled:
+            tiles = stack.enter_context(tiled(pipe, request.tile, request.tile_overlap))
+        stack.enter_context(latents_only(pipe))
+
+        def sampled(size: tuple[int, int], start: list[Any] | None, strength: float) -> list[Any]:
+            own = {"width": size[0], "height": size[1], **arguments}
+            if start is not None:
+                latents = [encode(pipe, one.resize(size, Image.Resampling.LANCZOS), tiles) for one in start]
+                own |= {"image_latents": torch.cat(latents), "strength": strength, "num_images_per_prompt": 1}
+                own |= {name: [own[name]] * len(start) for name in ("prompt", "negative_prompt")}
+            latents = pipe(**own, output="latents")
+            if not bool(torch.isfinite(latents).all()):
+                raise FloatingPointError(f"the model gave NaN in {request.dtype}")
+            return decode(pipe, latents, tiles)
+
+        pictures = sampled(request.size, None if image is None else [image] * request.batch, request.strength)
+        if request.hires is not None:
+            pictures = sampled(request.final_size, pictures, request.hires_denoise)
+    return pictures
+
+
+def _check_side(pipe: Any, request: Request) -> None:
+    """The rotary embedding is made for so many tokens a side; diffusers fails with shapes that do not fit."""
+    largest = max(pipe.transformer.rope.max_size) * TOKEN
+    if not request.tiled and max(request.final_size) > largest:
+        size = "x".join(map(str, request.final_size))
+        raise invalid("--size, --hires", f"{size} at once", f"at most {largest} a side; larger ones with --tiled")
+    if request.tiled and min(request.tile, max(request.final_size)) > largest:
+        raise invalid("--tile", f"{request.tile}", f"at most {largest}, for this model")
+
+
 @torch.no_grad()
 def preview(pipe: Any, block_state: Any) -> Any:
     """The first picture of a running loop as the model sees it now, without its noise (PIL)."""
-    scheduler, vae = pipe.scheduler, pipe.vae
+    scheduler = pipe.scheduler
     sigma = scheduler.sigmas[scheduler.step_index]
-    clean = (block_state.latents[:1] - sigma * block_state.noise_pred[:1]).to(vae.dtype)
-    mean, std = (
-        torch.tensor(values).view(1, -1, 1, 1, 1).to(clean)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    decoded = vae.decode(clean * std + mean, return_dict=False)[0][:, :, 0]
-    return pipe.image_processor.postprocess(decoded, output_type="pil")[0]
+    clean = block_state.latents[:1] - sigma * block_state.noise_pred[:1]
+    return decode(pipe, clean, getattr(pipe.transformer, "_anima_fast_tiles", None))[0]
 
 
-def write_png(image: Any, path: Path, request: Request | None = None) -> None:
-    """A PNG with the request's record, whole or not at all."""
+def png(image: Any, request: Request | None = None) -> bytes:
+    """The picture as a PNG file, with the request's record."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -261,7 +335,12 @@ def write_png(image: Any, path: Path, request: Request | None = None) -> None:
         info.add_text(CHUNK, json.dumps(request.to_json()))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
-    write_atomic(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def write_png(image: Any, path: Path, request: Request | None = None) -> None:
+    """`png` in a file, whole or not at all."""
+    write_atomic(path, png(image, request))
 
 
 def read_record(path: str) -> Request:
