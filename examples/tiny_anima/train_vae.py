@@ -130,7 +130,7 @@ def encode(folder: Path, count: int, seed: int, batch: int = 16) -> None:
         for start in range(0, len(members), batch):
             parts.append(((latents(members[start : start + batch]) - mean) / std).half())
             bar.update(len(parts[-1]))
-        found[f"latents.{width}x{height}"] = torch.cat(parts)
+        found[f"latents.{width}x{height}"] = torch.cat(parts).contiguous()
         found[f"numbers.{width}x{height}"] = torch.tensor(members)
     part = folder / "latents.part"
     save_file(found, str(part))
