@@ -203,6 +203,7 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     large("--tiled", action=argparse.BooleanOptionalAction, help="work on overlapping tiles (default: no)")
     large("--tile", type=_count, metavar="N", help="largest side of a tile in pixels (default: 1024)")
     large("--overlap", type=int, metavar="N", help="pixels that neighbours share (default: an eighth of --tile)")
+    large("--attention-chunk", type=_count, metavar="N", help="tokens at once in self-attention (default: all)")
     text = generate.add_argument_group("another text encoder (docs/encoder.md)").add_argument
     text(
         "--encoder", metavar="FILE", help="the hybrid encoder, qwen35_4b.safetensors; stock: the model's own (default)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 
@@ -20,6 +21,7 @@ from PIL import Image
 from test_cli import refused, run
 
 from anima_fast.integrations import diffusers as regional
+from anima_fast.runner.chunks import chunked
 from anima_fast.runner.request import Request, generate, read_record
 from anima_fast.runner.tiles import Layout, Tiles, decode, encode, latents_only, spans, tiled, weights
 
@@ -280,6 +282,7 @@ def test_command(capsys, folder, model, options, size, calls):
         (["--hires", "nan"], "--hires: got nanx"),
         (["--hires", "2", "--hires-denoise", "0"], "--hires-denoise: got 0.0 of 2 steps"),
         (["--hires", "2", "--hires-denoise", "1.5"], "--hires-denoise: got 1.5 of 2 steps"),
+        (["--attention-chunk", "0"], "argument --attention-chunk: got 0"),
         (["--size", "1024x64"], "--size, --hires: got 1024x64 at once; allowed: at most 512 a side; larger ones with"),
         (["--size", "512x64", "--hires", "2"], "--size, --hires: got 1024x128 at once"),
         (["--size", "2048x64", "--tiled"], "--tile: got 1024; allowed: at most 512, for this model"),
@@ -287,3 +290,25 @@ def test_command(capsys, folder, model, options, size, calls):
 )
 def test_bad_input_is_one_line(capsys, folder, model, options, message):
     assert message in refused(capsys, "generate", "--model", model, *TINY, *options)
+
+
+@pytest.mark.parametrize("queries", [1, 7, 24, 1000])
+def test_chunked_attention_is_the_same(pipe, queries):
+    request = Request("blue cat", negative="left", size=(96, 64), steps=2, seed=1)  # 24 tokens
+    whole, _ = generate(pipe, request)
+    latents = {}
+    for name, context in (("stock", contextlib.nullcontext()), ("chunked", chunked(pipe, queries))):
+        with context, latents_only(pipe):
+            generator = torch.Generator().manual_seed(1)
+            latents[name] = pipe(**ONE_STEP, width=96, height=64, generator=generator, output="latents")
+    torch.testing.assert_close(latents["chunked"], latents["stock"], rtol=1e-4, atol=1e-4)
+    chunks, _ = generate(pipe, Request(**vars(request) | {"attention_chunk": queries}))
+    assert np.abs(np.array(whole[0]).astype(int) - np.array(chunks[0])).max() <= 1
+    assert {type(block.attn1.processor).__name__ for block in pipe.transformer.transformer_blocks} == {
+        "CosmosAttnProcessor2_0"
+    }
+
+
+def test_chunked_attention_of_another_processor(pipe):
+    with chunked(pipe, 8), pytest.raises(ValueError, match="the attention processor _Chunked"), chunked(pipe, 8):
+        pass

@@ -26,6 +26,7 @@ from ..files import write_atomic
 from ..integrations.diffusers import PLAN_KEYWORDS, Enabled, Region, enable
 from ..masks import MAX_MASK_PIXELS, load_mask
 from ..plan import RegionPlan
+from .chunks import chunked
 from .encoder import EncoderChoice
 from .model import DEFAULT_MODEL
 from .tiles import TOKEN, check_tile, decode, encode, latents_only, tiled
@@ -105,6 +106,7 @@ class Request:
     tiled: bool = False
     tile: int = 1024
     overlap: int | None = None  # None: about an eighth of the tile
+    attention_chunk: int | None = None  # None: all queries at once
     start: float = 0.0
     end: float = 1.0
     outside: str = "all"
@@ -156,6 +158,8 @@ class Request:
             if not (0 < self.hires_denoise <= 1 and int(self.steps * self.hires_denoise) >= 1):
                 what = f"{self.hires_denoise} of {self.steps} steps"
                 raise invalid("--hires-denoise", what, "at least one step's worth, at most 1")
+        if self.attention_chunk is not None and self.attention_chunk < 1:
+            raise invalid("--attention-chunk", f"{self.attention_chunk}", "a whole number >= 1")
         if self.tiled:
             check_tile(self.tile, self.tile_overlap)
         if not 0 <= self.start <= self.end <= 1:
@@ -258,15 +262,19 @@ def generate(pipe: Any, request: Request) -> tuple[list[Any], Enabled]:
         "num_images_per_prompt": request.batch,
         "generator": generators if request.batch > 1 else generators[0],
     }
-    with enable(
-        pipe,
-        regions,
-        start_percent=request.start,
-        end_percent=request.end,
-        outside=request.outside,
-        base=request.base,
-        **request.plan,
-    ) as enabled:
+    chunks = contextlib.nullcontext() if request.attention_chunk is None else chunked(pipe, request.attention_chunk)
+    with (
+        chunks,
+        enable(
+            pipe,
+            regions,
+            start_percent=request.start,
+            end_percent=request.end,
+            outside=request.outside,
+            base=request.base,
+            **request.plan,
+        ) as enabled,
+    ):
         if request.large:
             return _large(pipe, request, image, arguments), enabled
         if image is not None:
