@@ -312,3 +312,40 @@ def test_chunked_attention_is_the_same(pipe, queries):
 def test_chunked_attention_of_another_processor(pipe):
     with chunked(pipe, 8), pytest.raises(ValueError, match="the attention processor _Chunked"), chunked(pipe, 8):
         pass
+
+
+@torch.no_grad()
+def test_the_padding_mask_is_cut_too():
+    """The real transformer reads one; its calls with `return_dict` are served as well."""
+    pytest.importorskip("torchvision", reason="diffusers resizes the padding mask with it")
+    transformer = tiny_pipeline.components(concat_padding_mask=True)["transformer"]
+    pipe = type("Pipe", (), {"transformer": transformer})()
+    draw = torch.Generator().manual_seed(3)
+    canvas, embeds = torch.randn(1, 16, 1, 20, 12, generator=draw), torch.randn(1, 48, 32, generator=draw)
+    mask = (torch.rand(1, 1, 160, 96, generator=draw) > 0.5).float()
+    common = {"timestep": torch.tensor([0.5]), "encoder_hidden_states": embeds}
+    with tiled(pipe, 64, 16):
+        found = transformer(canvas, padding_mask=mask, **common).sample
+        plain = transformer(canvas, padding_mask=torch.zeros_like(mask), **common, return_dict=False)[0]
+    layout, expected = Layout.of(10, 6, 4, 1), torch.zeros_like(canvas)
+    for ((top, bottom), (left, right)), weight in zip(layout, layout.weights(2, canvas.device), strict=True):
+        own = mask[..., top * 16 : bottom * 16, left * 16 : right * 16]
+        part = canvas[..., top * 2 : bottom * 2, left * 2 : right * 2]
+        place = expected[..., top * 2 : bottom * 2, left * 2 : right * 2]
+        place += transformer(part, padding_mask=own, **common).sample * weight
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert (found - plain).abs().max() > 1e-3
+
+
+def test_overlap_hides_the_seams(pipe):
+    """The step from pixel to pixel across borders of tiles, against that at the same places of the raster inside."""
+    ratio = {}
+    for overlap in (0, 32):
+        request = Request("blue cat", size=(384, 128), steps=2, seed=1, tiled=True, tile=144, overlap=overlap)
+        picture = np.array(generate(pipe, request)[0][0]).astype(float)
+        steps = np.abs(np.diff(picture, axis=1)).mean(axis=(0, 2))
+        of = spans(24, 9, overlap // 16)
+        borders = [(a[1] + b[0]) * 8 for a, b in itertools.pairwise(of)]
+        inside = [x for x in range(borders[0] % 16, 384, 16) if x and all(abs(x - b) > 32 for b in borders)]
+        ratio[overlap] = np.mean([steps[b - 1] for b in borders]) / np.mean([steps[x - 1] for x in inside])
+    assert ratio[32] < 1.25 and ratio[0] > 1.5 * ratio[32]
