@@ -100,8 +100,8 @@ def test_classifier_counts(part):
     pictures, classify = part("pictures"), part("classify")
     rng = np.random.default_rng(2)
     drawn = [pictures.sample(rng, (128, 128)) for _ in range(100)]
-    right = sum(len(classify.find(blurred(pictures.draw(p), rng))) == len(p.things) for p in drawn)
-    assert right >= 97
+    wrong = [p for p in drawn if len(classify.find(blurred(pictures.draw(p), rng))) != len(p.things)]
+    assert len(wrong) <= 2, wrong
 
 
 def test_classifier_sees_nothing_on_an_empty_picture(part):

@@ -78,6 +78,7 @@ def within(found: list[Found], box: tuple[int, int, int, int]) -> Found | None:
     return best if best is not None and part(best) > 0 else None
 
 
+@functools.cache
 def _palette(ground: str | None) -> tuple[np.ndarray, np.ndarray]:
     """Values [n, 3] and whose they are: the backgrounds' numbers (one, if it is known), then the objects'."""
     values, owners = [], []
@@ -94,8 +95,8 @@ def _palette(ground: str | None) -> tuple[np.ndarray, np.ndarray]:
 def _nearest(image: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Number of the nearest value for each pixel [H, W]."""
     flat = image.reshape(-1, 3).astype(np.float32)
-    distance = (values**2).sum(1) - 2 * flat @ values.T
-    return distance.argmin(1).reshape(image.shape[:2])
+    distance = torch.from_numpy((values**2).sum(1) - 2 * flat @ values.T)  # numpy's argmin of rows is slow
+    return distance.argmin(1).numpy().reshape(image.shape[:2])
 
 
 def _grow(mask: torch.Tensor, radius: int) -> torch.Tensor:
@@ -110,26 +111,33 @@ def _smooth(mask: torch.Tensor) -> torch.Tensor:
 
 
 def _patches(mask: torch.Tensor) -> list[torch.Tensor]:
-    """Connected parts of at least LEAST_AREA pixels: each pixel takes its neighbours' greatest number until none
-    changes."""
-    rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
-    if len(rows) == 0:
-        return []
-    where = (slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1))
-    inner = mask[where]
-    numbers = torch.arange(1, inner.numel() + 1, dtype=torch.float64).view(inner.shape) * inner
-    while True:
-        spread = F.max_pool2d(numbers[None], 3, 1, 1)[0] * inner
-        if torch.equal(spread, numbers):
-            break
-        numbers = spread
-    patches = []
-    for number, area in zip(*torch.unique(numbers[inner], return_counts=True), strict=True):
-        if area >= LEAST_AREA:
-            patch = torch.zeros_like(mask)
-            patch[where] = numbers == number
-            patches.append(patch)
-    return patches
+    """Connected parts of at least LEAST_AREA pixels: runs of pixels in a row, joined where they touch one above."""
+    steps = np.diff(F.pad(mask, (1, 1)).numpy().astype(np.int8), axis=1)
+    runs: list[tuple[int, int, int]] = []  # row, start, end
+    first: list[int] = []  # a run of the same part with a smaller number, or itself
+
+    def root(number: int) -> int:
+        while first[number] != number:
+            number = first[number]
+        return number
+
+    above: list[int] = []
+    for row, step in enumerate(steps):
+        here = []
+        for start, end in zip(np.flatnonzero(step == 1).tolist(), np.flatnonzero(step == -1).tolist(), strict=True):
+            number = len(runs)
+            runs.append((row, start, end))
+            first.append(number)
+            for other in above:
+                if runs[other][1] <= end and start <= runs[other][2]:  # corners touch too
+                    low, high = sorted((root(other), root(number)))
+                    first[high] = low
+            here.append(number)
+        above = here
+    patches: dict[int, torch.Tensor] = {}
+    for number, (row, start, end) in enumerate(runs):
+        patches.setdefault(root(number), torch.zeros_like(mask))[row, start:end] = True
+    return [patch for patch in patches.values() if int(patch.sum()) >= LEAST_AREA]
 
 
 def _describe(colour: str, patch: torch.Tensor) -> Found:
