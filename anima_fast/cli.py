@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_json(regions)
 
     _add_generate(commands)
+    _add_batch(commands)
     _add_encoder(commands)
     _add_doctor(commands)
 
@@ -220,6 +221,36 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     add("--like", metavar="F.png", help="repeat the request of a picture made here")
     add("--out", metavar="F.png", default="anima.png", help="default: %(default)s; a batch adds _2, _3 …")
     _add_json(generate)
+
+
+def _add_batch(commands: argparse._SubParsersAction[_Parser]) -> None:
+    batch = _add_command(
+        commands,
+        "batch",
+        "batch",
+        "thousands of pictures from a file of jobs; killed at any moment, the same command goes on",
+        "examples:\n"
+        "  anima-fast batch jobs.jsonl --out pictures\n"
+        "  anima-fast batch jobs.jsonl --out pictures --dry-run\n"
+        "  anima-fast batch jobs.jsonl --out pictures --workers 4 --batch-size 8\n"
+        "  anima-fast batch jobs.jsonl --out pictures --engine ray --address ray://head:10001 --workers 8\n\n"
+        "A job is a line of JSON with the fields of a request, of which only the prompt is required:\n"
+        '  {"prompt": "a street", "seeds": [1, 2], "regions": [{"mask": "left.png", "prompt": "a red house"}]}\n'
+        "All fields: docs/batch.md. Exit code 1: a job could not be painted; the others were.",
+    )
+    add = batch.add_argument
+    add("jobs", metavar="JOBS.jsonl", help="one job a line; files that it names are beside it")
+    add("--out", metavar="DIR", required=True, help="pictures, and journal.jsonl of what was done")
+    add("--dry-run", action="store_true", help="check every job and show what would be painted; writes nothing")
+    add("--batch-size", type=_count, default=4, metavar="N", help="pictures in one launch (default: %(default)s)")
+    add("--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s); 0: in this one")
+    add("--threads", type=_count, metavar="N", help="of torch in each worker (default: the cores, divided)")
+    add("--device", help="cpu, cuda, cuda:1, mps …; cuda: a GPU for each worker (default: a GPU if there is one)")
+    add("--model", metavar="DIR|NAME", help="of jobs that name none")
+    add("--dtype", choices=tuple(DTYPES), help="of jobs that name none (default: bf16, on a CPU fp32)")
+    add("--engine", choices=("local", "ray"), default="local", help="default: %(default)s")
+    add("--address", metavar="A", help="of a Ray cluster (default: one is started here)")
+    _add_json(batch)
 
 
 def _add_encoder(commands: argparse._SubParsersAction[_Parser]) -> None:

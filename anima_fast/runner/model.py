@@ -20,7 +20,7 @@ import torch
 
 from ..errors import invalid
 
-__all__ = ["DEFAULT_MODEL", "StepCallback", "find", "load", "quiet"]
+__all__ = ["DEFAULT_MODEL", "HUB_NAME", "StepCallback", "find", "load", "quiet"]
 
 DEFAULT_MODEL = "circlestone-labs/Anima-Base-v1.0-Diffusers"
 
@@ -29,7 +29,7 @@ StepCallback = Callable[[int, int, Any], None]
 
 _INDEXES = ("modular_model_index.json", "model_index.json")
 _WEIGHTS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def find(model: str) -> Path:
@@ -50,7 +50,7 @@ def find(model: str) -> Path:
         raise invalid("--model", f"{model!r}, which is a file", f"a directory or a hub name, such as {DEFAULT_MODEL}")
     if path.is_dir():
         return _check_directory(path)
-    if not _HUB_NAME.fullmatch(model):
+    if not HUB_NAME.fullmatch(model):
         raise FileNotFoundError(f"--model: no directory {model!r}, and it is no hub name such as {DEFAULT_MODEL}")
     return _check_directory(_from_hub(model))
 
