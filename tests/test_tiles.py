@@ -141,11 +141,15 @@ def test_only_the_bound_plans_are_a_tile_s(pipe):
         assert len({call.context["plain"].data_ptr() for call in calls.values()}) == 2
 
 
-def test_one_tile_is_no_tile(pipe):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_tile_is_no_tile(dtype):
+    pipe = tiny_pipeline.build()
+    pipe.to(dtype)
     request = Request("blue cat", negative="left", size=(96, 64), steps=3, seed=1)
     whole, _ = generate(pipe, request)
     tile, _ = generate(pipe, Request(**vars(request) | {"tiled": True, "tile": 128}))
-    assert np.abs(np.array(whole[0]).astype(int) - np.array(tile[0])).max() <= 1
+    # diffusers makes bytes of bf16 in bf16
+    assert np.abs(np.array(whole[0]).astype(int) - np.array(tile[0])).max() <= (1 if dtype == torch.float32 else 2)
 
 
 def test_everything_is_put_back(pipe):

@@ -202,7 +202,7 @@ def latents_only(pipe: Any) -> Iterator[None]:
 
 def _latent_statistics(vae: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     mean, std = (
-        torch.tensor(values, dtype=vae.dtype, device=device).view(1, -1, 1, 1, 1)
+        torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     return mean, std
@@ -221,6 +221,8 @@ def decode(pipe: Any, latents: torch.Tensor, tiles: Tiles | None = None) -> list
 
     vae = pipe.vae
     mean, std = _latent_statistics(vae, latents.device)
+    inverse = 1 / std.to(vae.dtype)  # rounded as diffusers does: in bf16 another rounding is another picture
+    mean = mean.to(vae.dtype)
     height, width = (side // 2 for side in latents.shape[-2:])
     layout = tiles.layout(height, width) if tiles else Layout([(0, height)], [(0, width)], 0)
     pictures = []
@@ -232,7 +234,7 @@ def decode(pipe: Any, latents: torch.Tensor, tiles: Tiles | None = None) -> list
         for k, (top, bottom) in enumerate(layout.rows):
             for left, right in layout.columns:
                 own = one[..., top * 2 : bottom * 2, left * 2 : right * 2].to(vae.dtype)
-                part = vae.decode(own * std + mean, return_dict=False)[0][0, :, 0].float()
+                part = vae.decode(own / inverse + mean, return_dict=False)[0][0, :, 0].float()
                 if not bool(torch.isfinite(part).all()):
                     raise FloatingPointError("the decoder gave NaN")
                 strip[:, :, left * TOKEN : right * TOKEN] += part * next(place)
@@ -255,6 +257,6 @@ def encode(pipe: Any, image: Any, tiles: Tiles | None = None) -> torch.Tensor:
     for (row, column), weight in zip(layout, layout.weights(2, device), strict=True):
         crop = image.crop((column[0] * TOKEN, row[0] * TOKEN, column[1] * TOKEN, row[1] * TOKEN))
         own = pipe.image_processor.preprocess(crop)[:, :, None].to(device, vae.dtype)
-        part = (vae.encode(own).latent_dist.mode() - mean) / std
+        part = (vae.encode(own).latent_dist.mode() - mean.to(vae.dtype)) / std.to(vae.dtype)
         latents[..., row[0] * 2 : row[1] * 2, column[0] * 2 : column[1] * 2] += part.float() * weight
     return latents
