@@ -143,6 +143,7 @@ class FakeComfyUI:
             [{"t": "1", "m": "\x1b[32m[INFO]\x1b[0m Using sage attention\n"}],
         )
         self.running = None
+        self.lock = threading.Lock()  # a prompt is always somewhere: waiting, running or in the history
         self.stop = threading.Event()
 
     def __enter__(self):
@@ -195,7 +196,8 @@ class FakeComfyUI:
         if url.path in self.answers:
             status, headers, data = self.answers[url.path]
         else:
-            status, headers, data = self.answer(url, body)
+            with self.lock:
+                status, headers, data = self.answer(url, body)
         request.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(data))}.items():
             request.send_header(name, value)
@@ -253,8 +255,9 @@ class FakeComfyUI:
 
     def execute(self, number, body):
         prompt, client = body["prompt"], body["client_id"]
-        self.waiting = [(n, p) for n, p in self.waiting if p != number]
-        self.running = number
+        with self.lock:
+            self.waiting = [(n, p) for n, p in self.waiting if p != number]
+            self.running = number
         self.send(client, "execution_start", prompt_id=number)
         self.send(client, "executing", node="sampler", prompt_id=number)
         for i in range(self.steps):
@@ -275,8 +278,10 @@ class FakeComfyUI:
             message = {"node_id": "9", "node_type": "KSampler", "exception_type": "RuntimeError"}
             message["exception_message"] = str(error)
             status = {"status_str": "error", "completed": False, "messages": [["execution_error", message]]}
-        self.history[number] = {"prompt": [], "outputs": outputs, "status": status}
-        self.running = None
+        with self.lock:
+            self.history[number] = {"prompt": [], "outputs": outputs, "status": status}
+            if self.running == number:  # else the next one, queued as soon as this one was in the history
+                self.running = None
         self.send(client, "executing", node=None, prompt_id=number)
 
     # ---- a websocket, one way

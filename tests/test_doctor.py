@@ -632,7 +632,8 @@ def test_ablate(capsys, tmp_path, server):
     report = tmp_path / "report.html"
     options = ("--comfyui", server.address, "--ablate", "--report", report)
     code, out, err = doctor(capsys, on_server(tmp_path), *options)
-    assert code == 1 and "verdict: The model is sampled with a wrong shift" in out and "test 1 of" in err
+    assert "verdict: The model is sampled with a wrong shift" in out, out + err
+    assert code == 1 and "test 1 of" in err
     assert "sampling-shift" in report.read_text()
     code, out, _ = doctor(capsys, on_server(tmp_path), *options, "--json")
     assert json.loads(out)["tests"]["verdict"]["fault"] == "sampling"
