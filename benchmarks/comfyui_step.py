@@ -147,14 +147,17 @@ class Bench:
 
         def wrapper(executor, x, timesteps, context, *arguments, **keywords):
             model, tags = executor.class_obj, keywords["transformer_options"]["cond_or_uncond"]
-            cond = tags.index(0)
+            if 0 not in tags:  # large pictures come one row at a time
+                return executor(x, timesteps, context, *arguments, **keywords)
+            cond, alone = tags.index(0), len(tags) == 1
             if not padded:
                 for text in self.texts:
                     ((embeds, extra),) = text
                     ids, factors = extra["t5xxl_ids"][None], extra["t5xxl_weights"][None, :, None]
                     padded.append(model.preprocess_text_embeds(embeds, ids, t5xxl_weights=factors))
-            rows = [context[1 - cond : 2 - cond], *padded, context[cond : cond + 1]]
-            given = torch.cat(rows, dim=1).expand(2, -1, -1)
+            rows = [*padded, context[cond : cond + 1]]
+            rows = rows if alone else [context[1 - cond : 2 - cond], *rows]
+            given = torch.cat(rows, dim=1).expand(len(tags), -1, -1)
 
             def override(func, q, k, v, heads, **kw):
                 if k.shape[2] != given.shape[1]:
@@ -162,9 +165,12 @@ class Bench:
                 kw.pop("transformer_options")
                 parts = list(zip(k.split(512, dim=2), v.split(512, dim=2), strict=True))
                 each = [
-                    func(q[cond : cond + 1], a[cond : cond + 1], b[cond : cond + 1], heads, **kw) for a, b in parts[1:]
+                    func(q[cond : cond + 1], a[cond : cond + 1], b[cond : cond + 1], heads, **kw)
+                    for a, b in parts[not alone :]
                 ]
                 out = sum(w * o for w, o in zip(weights, each, strict=True))
+                if alone:
+                    return out
                 a, b = parts[0]
                 other = func(q[1 - cond : 2 - cond], a[:1], b[:1], heads, **kw)
                 return torch.cat([other, out] if cond else [out, other])
