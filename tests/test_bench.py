@@ -202,7 +202,7 @@ print(seen, peak_bytes(call, torch.device("cpu")) + out.numel() * out.element_si
 
 
 def test_the_meter_agrees_with_resident_memory():
-    """An independent witness: the kernel's high-water mark, of a process of its own, which has no cold pages to lose."""
+    """An independent witness: the kernel's high-water mark of a process of its own, with no cold pages to lose."""
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("needs /proc of Linux")
     done = subprocess.run([sys.executable, "-c", WITNESS], capture_output=True, text=True)
