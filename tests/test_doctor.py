@@ -62,6 +62,12 @@ def doctor(capsys, *options):
 # ---- what is found
 
 
+def test_a_shift_beyond_every_number():
+    nodes = make().patched("ModelSamplingFlux", max_shift=1.15, base_shift=0.5, width=1e9, height=1e9)
+    workflow = read_text("w.json", json.dumps(nodes))
+    assert "sampling-shift" in ids(found(workflow), "warning", "error")
+
+
 def test_the_corpus_is_what_make_writes():
     for name, text in make().written().items():
         assert (CORPUS / name).read_text() == text, f"{name}: run python tests/workflows/make.py"

@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["facts"]
+__all__ = ["facts", "said"]
 
 #: Command-line flags that decide how attention, precision and memory are done.
 _FLAGS = re.compile(
@@ -139,3 +139,12 @@ def _attention_nodes(info: Mapping[str, Any]) -> dict[str, list[str]]:
             if {"MODEL", "CONDITIONING"} & set(outputs):
                 found.setdefault(module.removeprefix("custom_nodes."), []).append(name)
     return found
+
+
+def said(value: Any) -> str:
+    """A fact as a report says it: what it consists of, in one line."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name}: {said(inner)}" for name, inner in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)

@@ -6,6 +6,7 @@ empty latent, is not what is right for a later one, so each is judged by itself.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -223,7 +224,8 @@ def _flux_shift(workflow: Workflow, node: Node) -> Any:
         return UNKNOWN
     most, least, width, height = values
     tokens = width * height / 256
-    return round(2.718281828459045 ** (least + (most - least) * (tokens - 256) / (4096 - 256)), 3)
+    mu = least + (most - least) * (tokens - 256) / (4096 - 256)
+    return round(math.exp(min(mu, 100.0)), 3)  # absurd already, and exp of more would overflow
 
 
 def latent_size(workflow: Workflow, link: Link | None, depth: int = 0) -> Size:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import invalid
 from ..files import write_atomic
+from .environment import said
 from .live import Run
 from .verdict import TESTS, Row
 
@@ -115,17 +116,9 @@ def _why(row: Row) -> str | None:
 
 
 def _surroundings(run: Run) -> list[tuple[str, str]]:
-    rows = [(str(name), _said(value)) for name, value in (run.environment.get("facts") or {}).items()]
+    rows = [(str(name), said(value)) for name, value in (run.environment.get("facts") or {}).items()]
     unknown = run.environment.get("unknown") or {}
     return rows + [(str(name), f"unknown; to find out: {where}") for name, where in unknown.items()]
-
-
-def _said(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "; ".join(f"{name}: {_said(inner)}" for name, inner in value.items()) or "none"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value)) or "none"
-    return str(value)
 
 
 # ---- HTML

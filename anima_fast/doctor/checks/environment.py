@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..case import Case
+from ..environment import said
 from ..findings import Edit, Finding
 from ..guidance import COMFYUI_ANIMA, COMFYUI_NODES, family
 from ..workflow import Link, Node
@@ -29,7 +30,7 @@ def table(case: Case) -> dict[str, str]:
     """What a diagnosis should know of the surroundings: the server's facts, and how to find out what it does not say;
     weights cast on loading; the picture's size beside the workflow's."""
     found = case.environment or {}
-    rows = {name: _said(value) for name, value in (found.get("facts") or {}).items()}
+    rows = {name: said(value) for name, value in (found.get("facts") or {}).items()}
     rows.update({name: f"unknown: {where}" for name, where in (found.get("unknown") or {}).items()})
     weights = [
         f"{node}: {value}"
@@ -43,14 +44,6 @@ def table(case: Case) -> dict[str, str]:
         sizes = [f"{one.size.width:g} x {one.size.height:g}" for one in case.passes if one.size.known]
         rows["workflow's size"] = ", ".join(sizes) or "computed when it runs"
     return rows
-
-
-def _said(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "; ".join(f"{name}: {_said(inner)}" for name, inner in value.items()) or "none"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value)) or "none"
-    return str(value)
 
 
 def comfyui_version(case: Case) -> Iterator[Finding]:
