@@ -21,13 +21,7 @@ from anima_fast.encoder.alignment import Alignment, AlignmentFit, evaluate, proc
 from anima_fast.encoder.calibration import Calibration, CalibrationFit, Moments
 from anima_fast.encoder.files import Origin
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def orthogonal(width, seed=0, determinant=None):

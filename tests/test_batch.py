@@ -33,6 +33,8 @@ from anima_fast.runner import batch, journal, workers
 from anima_fast.runner.jobs import Batch, Job, digest, group, read_jobs
 from anima_fast.runner.request import Request, read_record
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 
 
@@ -41,14 +43,6 @@ def model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
     tiny_pipeline.save(directory)
     return directory
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

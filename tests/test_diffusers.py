@@ -23,6 +23,8 @@ from anima_fast import RegionPlan
 from anima_fast.integrations import diffusers as regional
 from anima_fast.integrations.diffusers import Region
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WIDTH, HEIGHT = 96, 64
 GRID = (1, HEIGHT // 16, WIDTH // 16)
 STEPS = 3
@@ -49,14 +51,6 @@ def pipe(shared):
     yield shared
     regional.disable(shared)
     shared.scheduler.set_shift(3.0)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on tensors this small a second thread only waits for the first
-    yield
-    torch.set_num_threads(threads)
 
 
 def sample(pipe, prompt="blue cat", negative="left, left", size=(WIDTH, HEIGHT), **changed):

@@ -27,16 +27,10 @@ import tiny_target
 from anima_fast import encoder as encoders
 from anima_fast.encoder.target import load_target
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WORDS = ("red", "blue", "old", "small"), ("cat", "house", "sea", "girl"), ("on the left", "from behind", "at night")
 PROMPTS = [" ".join(words) for words in itertools.product(*WORDS)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

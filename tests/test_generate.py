@@ -24,20 +24,14 @@ from anima_fast.integrations import diffusers as regional
 from anima_fast.runner.model import DEFAULT_MODEL, find
 from anima_fast.runner.request import CHUNK, Request, read_record
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
     tiny_pipeline.save(directory)
     return directory
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

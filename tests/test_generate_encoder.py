@@ -23,17 +23,11 @@ from anima_fast import encoder as encoders
 from anima_fast.runner.encoder import replacements
 from anima_fast.runner.request import read_record
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WIDTH = 32  # of the tiny pipeline's text conditioner
 PROMPT = ["--prompt", "a (red) cat", "--negative", "the sea", "--size", "96x64", "--steps", "2", "--seed", "5"]
 REGION = ["--region", "left.png=a blue house"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -25,18 +25,12 @@ from anima_fast.runner.chunks import chunked
 from anima_fast.runner.request import Request, generate, read_record
 from anima_fast.runner.tiles import Layout, Tiles, decode, encode, latents_only, spans, tiled, weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def pipe():
     return tiny_pipeline.build()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 SIZES = dict(length=st.integers(1, 400), tile=st.integers(4, 64), share=st.floats(0, 1))
