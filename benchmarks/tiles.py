@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from anima_fast.bench.machine import describe
 from anima_fast.runner.tiles import TOKEN, spans
 
 
@@ -83,7 +84,8 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
                 rows.append(row)
     if options.json:
-        Path(options.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        found = {"machine": describe(), "settings": vars(options), "rows": rows}
+        Path(options.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
