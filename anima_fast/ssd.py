@@ -338,6 +338,9 @@ def ssd_state_update(
 ) -> torch.Tensor:
     """One token of Mamba2's scan; `state` is updated in place. dt is not clamped.
 
+    With x `[B, P]` there are no heads, and P has no limit: state `[B, P, N]`, dt and z `[B, P]`, A `[P, N]`, B and C
+    `[B, N]`, D and dt_bias `[P]`.
+
     Args:
         state: `[B, H, P, N]`, or with `state_batch_indices` `[slots, H, P, N]`; any float type and strides.
         x: `[B, H, P]`, fp32, fp16 or bf16 (fp64 in `reference`).
@@ -350,9 +353,6 @@ def ssd_state_update(
         state_batch_indices: `[B]` int32 or int64, the slot of each row. A row with a slot outside the state gives 0
             and changes nothing.
         backend: force one ("cpu", "cuda", "torch", "reference"); default: the first that fits.
-
-        With x `[B, P]` there are no heads, and P has no limit: state `[B, P, N]`, dt and z `[B, P]`, A `[P, N]`,
-        B and C `[B, N]`, D and dt_bias `[P]`.
 
     Returns:
         out, of x's shape and type.

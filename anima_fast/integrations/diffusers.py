@@ -68,10 +68,11 @@ _WHOLE = (0.0, 0.0, 1.0, 1.0)  # top, left, bottom, right
 class Region:
     """A prompt and where it counts.
 
-    mask      file, array, tensor or PIL image, any size (`masks.load_mask`)
-    prompt    its text, encoded apart from all others
-    strength  factor of its bias (blend: weight), >= 0
-    priority  regions of a higher one take their pixels from those of lower ones
+    Attributes:
+        mask: file, array, tensor or PIL image, any size (`masks.load_mask`).
+        prompt: its text, encoded apart from all others.
+        strength: factor of its bias (blend: weight), >= 0.
+        priority: regions of a higher one take their pixels from those of lower ones.
     """
 
     mask: Any
@@ -83,9 +84,10 @@ class Region:
 class Enabled:
     """What `enable` returns; as a context manager, it ends with `disable`.
 
-    served    how often cross-attention was computed here, by kind: "regions" (biased), "outside" (conditional, out of
-              the window of steps or of the blocks), "plain" (the negative prompt; every call without regions)
-    declined  how often it was left to diffusers, by reason
+    Attributes:
+        served: how often cross-attention was computed here, by kind: "regions" (biased), "outside" (conditional, out of
+            the window of steps or of the blocks), "plain" (the negative prompt; every call without regions).
+        declined: how often it was left to diffusers, by reason.
     """
 
     def __init__(self, pipe: Any, state: _State) -> None:

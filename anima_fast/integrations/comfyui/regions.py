@@ -95,12 +95,13 @@ class Region:
 class Settings:
     """What holds for all regions: the plan's parameters (`RegionPlan.from_masks`), when, where and how to report.
 
-    outside: what counts outside the window of sampling and in blocks that are not listed: "all" prompts, unbiased,
-        or only the "base" prompt.
-    blocks: indices of the transformer blocks that see regions; None: all.
-    canvas: (width, height) of the picture that the masks cover; only the ratio counts. None: the masks' own.
-    stretch: serve pictures of another shape than the canvas, stretching the masks.
-    crop: (top, left, bottom, right), the part of the canvas that is sampled, as fractions.
+    Attributes:
+        outside: what counts outside the window of sampling and in blocks that are not listed: "all" prompts, unbiased,
+            or only the "base" prompt.
+        blocks: indices of the transformer blocks that see regions; None: all.
+        canvas: (width, height) of the picture that the masks cover; only the ratio counts. None: the masks' own.
+        stretch: serve pictures of another shape than the canvas, stretching the masks.
+        crop: (top, left, bottom, right), the part of the canvas that is sampled, as fractions.
     """
 
     combine: str = "logit"
