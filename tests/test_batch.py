@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import multiprocessing
@@ -24,6 +25,7 @@ pytest.importorskip("transformers", reason="needs transformers: pip install 'ani
 pytest.importorskip("accelerate", reason="needs accelerate: diffusers loads Anima's transformer with it")
 
 import numpy as np
+import tiny_encoder
 import tiny_pipeline
 from PIL import Image
 from test_cli import refused, run
@@ -117,6 +119,58 @@ def test_every_picture_is_that_of_generate(capsys, folder, model):
         assert digest(read_record(str(Path("out", name)))) == digest(read_record("alone.png"))
 
 
+def test_large_pictures_and_chunks(capsys, folder, model):
+    """They are those of `generate`, and large ones do not share a launch, whatever they are given to."""
+    large = {**SMALL, "prompt": "cat", "regions": [LEFT, RIGHT], "hires": 1.5, "tiled": True, "tile": 96, "overlap": 32}
+    chunk = {**SMALL, "prompt": "tree", "attention_chunk": 7}
+    write([{**(large if name in "ab" else chunk), "id": name, "seed": i} for i, name in enumerate("abcd")])
+    code, report, _ = paint(capsys, model)
+    assert code == 0, report
+    assert [event["rows"] for event in events("done")] == [1, 1, 2, 2]
+    for name in "abcd":
+        assert run(capsys, "generate", "--like", f"out/{name}.png", "--out", "alone.png")[0] == 0
+        difference = np.abs(pixels(f"out/{name}.png") - pixels("alone.png"))
+        assert difference.max() <= (0 if name in "ab" else 1)
+    assert pixels("out/a.png").shape == (96, 144, 3)
+    pipe = tiny_pipeline.build()
+    together = batch.paint(pipe, [read_record(f"out/{name}.png") for name in "ab"])
+    for name, image in zip("ab", together, strict=True):
+        assert np.abs(np.array(image).astype(int) - pixels(f"out/{name}.png")).max() <= 1
+
+
+def test_a_picture_to_start_from(capsys, folder, model):
+    """Without a size it is that of the image, as its camera held it."""
+    turned = Image.new("RGB", (70, 100), "red")
+    exif = turned.getexif()
+    exif[0x0112] = 6  # a quarter turn
+    turned.save("photo.jpg", exif=exif)
+    job = {"prompt": "cat", "image": "photo.jpg", "strength": 0.5, "steps": 4}
+    write([{**job, "id": "a"}, {**job, "id": "b", "size": "64x64"}, {**job, "id": "c", "seed": 1}])
+    assert paint(capsys, model)[0] == 0
+    assert [pixels(f"out/{name}.png").shape[:2] for name in "abc"] == [(64, 96), (64, 64), (64, 96)]
+    options = ["--prompt", "cat", "--image", "photo.jpg", "--strength", 0.5, "--steps", 4, "--seed", 0]
+    assert run(capsys, "generate", "--model", model, *options, "--device", "cpu", "--out", "alone.png")[0] == 0
+    assert np.abs(pixels("out/a.png") - pixels("alone.png")).max() <= 1
+
+
+def test_another_encoder(capsys, folder, model):
+    """Jobs with it are painted as `generate` does; one of another width is refused, and the rest goes on."""
+    for name, width in (("fits", 32), ("narrow", 24)):
+        Path(name).mkdir()
+        tiny_encoder.save(Path(name, "enc.safetensors"), dataclasses.replace(tiny_encoder.CONFIG, head_size=width))
+    job = {**SMALL, "prompt": "a red cat", "regions": [LEFT]}
+    fits, narrow = ({"file": f"{name}/enc.safetensors", "recurrence": "mamba2"} for name in ("fits", "narrow"))
+    write([{**job, "id": "a"}, {**job, "id": "b", "encoder": fits}, {**job, "id": "c", "encoder": narrow}])
+    code, report, _ = paint(capsys, model)
+    assert (code, report["painted"], report["failed"]) == (1, 2, 1)
+    reason = "encoder: got an encoder of 24 dimensions; allowed: 32, the model's"
+    assert (report["bad"][0]["id"], report["bad"][0]["reason"]) == ("c", reason)
+    assert (pixels("out/a.png") != pixels("out/b.png")).any()
+    assert read_record("out/b.png").encoder.sums.keys() == {fits["file"]}
+    code, _, err = run(capsys, "generate", "--like", "out/b.png", "--out", "alone.png")
+    assert (code, err) == (0, "") and Path("alone.png").read_bytes() == Path("out/b.png").read_bytes()
+
+
 def test_seeds_and_names(capsys, folder, model):
     write([{**SMALL, "prompt": "cat", "seeds": [3, 1], "id": "cat"}, {**SMALL, "prompt": "cat", "seed": 2}])
     assert paint(capsys, model)[0] == 0
@@ -194,7 +248,14 @@ BAD = {
     '{"prompt": "a", "regions": [{"mask": "no.png", "prompt": "b"}]}': "regions[0].mask: no file 'no.png'",
     '{"prompt": "a", "regions": [{"mask": "jobs.jsonl", "prompt": "b"}]}': "which cannot be read",
     '{"prompt": "a", "image": "no.png"}': "image: no file 'no.png'",
-    '{"prompt": "a", "encoder": {"files": "x"}}': "encoder: got ",
+    '{"prompt": "a", "image": "jobs.jsonl"}': "image: got 'jobs.jsonl', which cannot be read",
+    '{"prompt": "a", "image": "a--b.png"}': "image: no file 'a--b.png'",
+    '{"prompt": "a", "attention_chunk": 0}': "attention-chunk: got 0",
+    '{"prompt": "a", "encoder": {"files": "x"}}': "encoder.files: an unknown field; allowed: file, recurrence,",
+    '{"prompt": "a", "encoder": {}}': "encoder.file: got nothing",
+    '{"prompt": "a", "encoder": {"file": 5}}': "encoder.file: got 5; allowed: a string",
+    '{"prompt": "a", "encoder": {"file": "no.safetensors"}}': "encoder.file: no file 'no.safetensors'",
+    '{"prompt": "a", "encoder": {"file": "left.png", "recurrence": "x"}}': "recurrence: got 'x'; allowed: gdn | mamba2",
     '{"prompt": "a", "model": "./nowhere"}': "model: no directory './nowhere'",
     '{"prompt": "good twice", "id": "GOOD"}': "id: 'GOOD' is that of line 1 too",
 }

@@ -23,7 +23,7 @@ from ..errors import invalid
 from ..files import write_atomic
 from ..runner import journal, workers
 from ..runner.batch import Painted
-from ..runner.jobs import BadJob, Batch, Job, group, read_jobs
+from ..runner.jobs import BadJob, Batch, Job, group, one_line, read_jobs
 from ..runner.model import HUB_NAME, find
 from .bench import check_device, default_device
 
@@ -175,7 +175,7 @@ def _with_models(jobs: Sequence[Job], *, download: bool) -> tuple[list[Job], lis
         try:
             find(model)
         except (ValueError, OSError) as error:
-            problems[model] = " ".join(str(error).split()).replace("--", "")
+            problems[model] = one_line(error)
     good = [job for job in jobs if job.request.model not in problems]
     return good, [BadJob(j.line, problems[j.request.model], j.id) for j in jobs if j.request.model in problems]
 

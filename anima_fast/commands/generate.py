@@ -11,16 +11,15 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..errors import invalid
-from ..runner.encoder import EncoderChoice, replacements
+from ..runner.encoder import EncoderChoice, check_width, replacements
 from ..runner.model import find, load, quiet
 from ..runner.request import (
     DTYPES,
-    TOKEN,
     Embedded,
     Request,
     RequestRegion,
@@ -32,9 +31,6 @@ from ..runner.request import (
     write_png,
 )
 from .bench import check_device, default_device
-
-if TYPE_CHECKING:
-    from ..encoder.encoder import Encoder
 
 __all__ = ["read_request", "run"]
 
@@ -64,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
         components = replacements(encoder, dtype)
     watch.pipe = load(directory, dtype=dtype, device=device, after_step=watch, components=components)
     if request.encoder is not None:
-        _check_width(watch.pipe, encoder)
+        check_width(watch.pipe, encoder)
     loaded = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught, quiet(), watch:
         warnings.simplefilter("always", UserWarning)
@@ -125,8 +121,7 @@ def read_request(options: argparse.Namespace, device: str) -> Request:
     if options.image is not None:
         given["image"] = Embedded.read(options.image, "--image")
         if options.size is None:
-            size = given["image"].image("--image").size
-            given["size"] = tuple(max(TOKEN, n // TOKEN * TOKEN) for n in size)
+            given["size"] = given["image"].size("--image")
     if options.plan:
         plan = dict(like.plan) if like else {}
         for text in options.plan:
@@ -161,12 +156,6 @@ def _encoder(options: argparse.Namespace, like: Request | None) -> dict[str, Enc
     if before is None:
         raise invalid(f"--{names[next(iter(given))].replace('_', '-')}", "no --encoder", "--encoder FILE with it")
     return {"encoder": dataclasses.replace(before, **given)}
-
-
-def _check_width(pipe: Any, encoder: Encoder) -> None:
-    width = pipe.text_conditioner.config.source_dim
-    if encoder.config.output_size != width:
-        raise invalid("--encoder", f"an encoder of {encoder.config.output_size} dimensions", f"{width}, the model's")
 
 
 def _regions(options: argparse.Namespace) -> tuple[RequestRegion, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 
 from ..integrations.diffusers import Region, enable
-from .encoder import replacements
-from .jobs import Batch, Job
+from .chunks import chunked
+from .encoder import EncoderChoice, check_width, replacements
+from .jobs import Batch, Job, one_line
 from .model import find, load, quiet
 from .request import DTYPES, Request, generate, png
 
@@ -40,6 +42,7 @@ class Painter:
         self.after_step = after_step
         self.pipe: Any = None
         self.model: str | None = None
+        self.encoder: EncoderChoice | None = None  # the model's, with the sums of its files
         self.problem: str | None = None  # why the model could not be loaded
 
     def paint(self, batch: Batch) -> Painted:
@@ -56,14 +59,15 @@ class Painter:
         if self.problem is not None:
             pictures = (self.problem,) * len(requests)
         else:
-            pictures = tuple(self._paint(requests))
+            pictures = tuple(self._paint([dataclasses.replace(r, encoder=self.encoder) for r in requests]))
         return Painted(batch.number, pictures, time.perf_counter() - started)
 
     def _load(self, request: Request) -> None:
         dtype = DTYPES[request.dtype]
         components: dict[str, Any] = {}
+        self.encoder = None
         if request.encoder is not None:
-            encoder, _ = request.encoder.load(device=self.device, dtype=dtype)
+            encoder, self.encoder = request.encoder.load(device=self.device, dtype=dtype)
             components = replacements(encoder, dtype)
         self.pipe = load(
             find(request.model),
@@ -72,6 +76,8 @@ class Painter:
             after_step=lambda done, total, state: self.after_step(done, total),
             components=components,
         )
+        if request.encoder is not None:
+            check_width(self.pipe, encoder)
 
     def _paint(self, requests: Sequence[Request]) -> list[bytes | str]:
         try:
@@ -88,32 +94,34 @@ def paint(pipe: Any, requests: Sequence[Request]) -> list[Any]:
     """One picture (PIL) for each request, or the reason why not, all in one launch.
 
     The requests differ in prompts, regions and seed only (`jobs.group`). A row is, up to rounding, what `generate`
-    gives for its request alone: noise from its own generator, texts padded as if they came alone.
+    gives for its request alone: noise from its own generator, texts padded as if they came alone. Large pictures are
+    launches of their own.
     """
-    if len(requests) == 1:
-        return list(generate(pipe, requests[0])[0])
     first = requests[0]
+    if len(requests) == 1 or first.large:
+        return [generate(pipe, request)[0][0] for request in requests]
     pipe.scheduler.set_shift(pipe.scheduler.config.shift if first.shift is None else first.shift)
     pipe.update_components(guider=pipe.guider.new(guidance_scale=first.guidance))
     width, height = first.size
     arguments: dict[str, Any] = {}
     if first.image is not None:
-        from PIL import ImageOps
-
-        image = ImageOps.exif_transpose(first.image.image("image")).convert("RGB")
-        arguments = {"image": image, "strength": first.strength}
+        arguments = {"image": first.image.upright("image"), "strength": first.strength}
     rows = [
         [Region(region.mask.image("mask"), region.prompt, region.strength, region.priority) for region in r.regions]
         for r in requests
     ]
-    with enable(
-        pipe,
-        rows,
-        start_percent=first.start,
-        end_percent=first.end,
-        outside=first.outside,
-        base=first.base,
-        **first.plan,
+    chunks = contextlib.nullcontext() if first.attention_chunk is None else chunked(pipe, first.attention_chunk)
+    with (
+        chunks,
+        enable(
+            pipe,
+            rows,
+            start_percent=first.start,
+            end_percent=first.end,
+            outside=first.outside,
+            base=first.base,
+            **first.plan,
+        ),
     ):
         found = pipe(
             prompt=[request.prompt for request in requests],
@@ -135,6 +143,6 @@ def paint(pipe: Any, requests: Sequence[Request]) -> list[Any]:
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return (text if isinstance(error, (ValueError, FloatingPointError, FileNotFoundError)) and text else
-            f"{type(error).__name__}: {text}").replace("--", "")  # fmt: skip
+    text = one_line(error)
+    clear = text and isinstance(error, (ValueError, FloatingPointError, FileNotFoundError))
+    return text if clear else f"{type(error).__name__}: {text}"

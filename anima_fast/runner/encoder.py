@@ -20,7 +20,7 @@ from ..errors import invalid
 if TYPE_CHECKING:
     from ..encoder.encoder import Encoder
 
-__all__ = ["EncoderChoice", "replacements"]
+__all__ = ["EncoderChoice", "check_width", "replacements"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +78,13 @@ def replacements(encoder: Encoder, dtype: torch.dtype) -> dict[str, Any]:
         >>> pipe.update_components(**replacements(encoder.load("qwen35_4b.safetensors"), torch.bfloat16))
     """
     return {"tokenizer": _Tokenizer(encoder), "text_encoder": _TextEncoder(encoder, dtype)}
+
+
+def check_width(pipe: Any, encoder: Encoder) -> None:
+    """Raises ValueError when the pipeline's text conditioner takes states of another width."""
+    width = pipe.text_conditioner.config.source_dim
+    if encoder.config.output_size != width:
+        raise invalid("--encoder", f"an encoder of {encoder.config.output_size} dimensions", f"{width}, the model's")
 
 
 @dataclasses.dataclass

@@ -26,7 +26,7 @@ from ..integrations.diffusers import OUTSIDE
 from .encoder import EncoderChoice
 from .request import DTYPES, Embedded, Request, RequestRegion
 
-__all__ = ["BadJob", "Batch", "Job", "digest", "group", "model_key", "read_jobs"]
+__all__ = ["BadJob", "Batch", "Job", "digest", "group", "model_key", "one_line", "read_jobs"]
 
 _NUMBER = (int, float)
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -35,10 +35,16 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "plan": (dict,), "dtype": (str,), "model": (str,), "id": (str,), "seeds": (list,), "size": (str, list),
     "regions": (list,), "image": (str, type(None)), "encoder": (dict, type(None)), "hires": (*_NUMBER, type(None)),
     "hires_denoise": _NUMBER, "tiled": (bool,), "tile": (int,), "overlap": (int, type(None)),
+    "attention_chunk": (int, type(None)),
 }  # fmt: skip
 _CHOICES = {"outside": OUTSIDE, "dtype": tuple(DTYPES)}
 _REGION_TYPES: dict[str, tuple[type, ...]] = {
     "mask": (str,), "prompt": (str,), "strength": _NUMBER, "priority": _NUMBER,
+}  # fmt: skip
+_ENCODER_TYPES: dict[str, tuple[type, ...]] = {
+    "file": (str,), "recurrence": (str,), "head_norm": (str,), "tokenizer": (str, type(None)),
+    "alignment": (str, type(None)), "alignment_strength": _NUMBER, "calibration": (str, type(None)),
+    "output_scale": _NUMBER, "force": (bool,),
 }  # fmt: skip
 _NAMES = {"dict": "an object", "list": "a list", "str": "a string", "int": "a whole number", "float": "a number",
           "bool": "true or false", "NoneType": "null"}  # fmt: skip
@@ -47,6 +53,8 @@ _NAMES = {"dict": "an object", "list": "a list", "str": "a string", "int": "a wh
 _OF_ROW = ("prompt", "negative", "regions", "seed")
 
 _DEFAULTS = {**Request("").to_json(), "prompt": None, "dtype": None, "anima_fast": None}
+
+_OPTION = re.compile(r"(?<![^\s(,])--(?=[a-z])")
 
 _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
@@ -109,7 +117,7 @@ def read_jobs(path: str | Path, defaults: Mapping[str, Any] | None = None) -> tu
         try:
             found = reader.read(line, number)
         except (ValueError, TypeError, OSError) as error:
-            bad.append(BadJob(number, " ".join(str(error).split()).replace("--", "")))
+            bad.append(BadJob(number, one_line(error)))
             continue
         for job in found:
             name = job.id.casefold()  # some file systems know no other
@@ -134,6 +142,11 @@ def digest(request: Request) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def one_line(error: Exception) -> str:
+    """What an error says of a job: the command's options are its fields."""
+    return _OPTION.sub("", " ".join(str(error).split()))
+
+
 def model_key(request: Request) -> str:
     """What a worker has to load for a request."""
     encoder = None if request.encoder is None else dataclasses.asdict(request.encoder)
@@ -152,15 +165,10 @@ def group(jobs: Sequence[Job], batch_size: int) -> list[Batch]:
         tuple(alike[start : start + size])
         for of_model in groups.values()
         for alike in of_model.values()
-        for size in (1 if _large(alike[0].request) else batch_size,)
+        for size in (1 if alike[0].request.large else batch_size,)  # a large picture is work enough for a launch
         for start in range(0, len(alike), size)
     ]
     return [Batch(number, jobs) for number, jobs in enumerate(rows)]
-
-
-def _large(request: Request) -> bool:
-    """Whether one picture is work enough for a launch."""
-    return request.tiled or request.hires is not None
 
 
 class _Reader:
@@ -189,16 +197,13 @@ class _Reader:
         for field, allowed in _CHOICES.items():
             if field in fields and fields[field] not in allowed:
                 raise invalid(field, repr(fields[field]), " | ".join(allowed))
-        fields["size"] = _size(fields.get("size", Request.size))
         fields["regions"] = tuple(self._region(i, region) for i, region in enumerate(fields.get("regions", ())))
         if fields.get("image") is not None:
             fields["image"] = self._file(fields["image"], "image")
+            fields.setdefault("size", fields["image"].size("image"))
+        fields["size"] = _size(fields.get("size", Request.size))
         if fields.get("encoder") is not None:
-            try:
-                fields["encoder"] = EncoderChoice(**fields["encoder"])
-            except TypeError as error:
-                known = [field.name for field in dataclasses.fields(EncoderChoice) if field.name != "sums"]
-                raise invalid("encoder", str(error).partition("() ")[2], " | ".join(known)) from error
+            fields["encoder"] = _encoder(fields["encoder"])
         if seeds is None:
             request = Request(**fields)
             self._check(request)
@@ -249,6 +254,17 @@ def _check_types(record: Mapping[str, Any], types: Mapping[str, tuple[type, ...]
             kinds = [kind for kind in allowed if not (kind is int and float in allowed)]
             names = " or ".join(dict.fromkeys(_NAMES[kind.__name__] for kind in kinds))
             raise invalid(f"{prefix}{name}", json.dumps(value), names)
+
+
+def _encoder(record: dict[str, Any]) -> EncoderChoice:
+    _check_types(record, _ENCODER_TYPES, "encoder.")
+    if "file" not in record:
+        raise invalid("encoder.file", "nothing", "a value; it is required")
+    for name in ("file", "tokenizer", "alignment", "calibration"):
+        path = record.get(name)
+        if path is not None and not Path(path).exists():
+            raise FileNotFoundError(f"encoder.{name}: no file {path!r}")
+    return EncoderChoice(**record)
 
 
 def _size(size: Any) -> tuple[int, int]:

@@ -77,6 +77,17 @@ class Embedded:
         except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, EOFError) as error:
             raise invalid(option, f"{self.name!r}, which cannot be read ({error})", "a whole image file") from error
 
+    def upright(self, option: str) -> Any:
+        """The decoded image as its camera held it (PIL, RGB). Raises what `image` raises."""
+        from PIL import ImageOps
+
+        return ImageOps.exif_transpose(self.image(option)).convert("RGB")
+
+    def size(self, option: str) -> tuple[int, int]:
+        """(width, height) of a picture that starts from it: its own, in whole tokens. Raises what `image` raises."""
+        width, height = (max(TOKEN, side // TOKEN * TOKEN) for side in self.upright(option).size)
+        return width, height
+
 
 @dataclasses.dataclass(frozen=True)
 class RequestRegion:
@@ -245,11 +256,7 @@ def generate(pipe: Any, request: Request) -> tuple[list[Any], Enabled]:
     _check_side(pipe, request)
     pipe.scheduler.set_shift(pipe.scheduler.config.shift if request.shift is None else request.shift)
     pipe.update_components(guider=pipe.guider.new(guidance_scale=request.guidance))
-    image = None
-    if request.image is not None:
-        from PIL import ImageOps
-
-        image = ImageOps.exif_transpose(request.image.image("--image")).convert("RGB")
+    image = None if request.image is None else request.image.upright("--image")
     regions = [
         Region(region.mask.image("--region"), region.prompt, region.strength, region.priority)
         for region in request.regions
