@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import http.server
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -337,13 +339,15 @@ def test_a_model_that_cannot_be_loaded(capsys, folder, model):
 
 
 @pytest.mark.parametrize(
-    ("code", "message"),
+    ("code", "processes", "message"),
     [
-        (errno.ENOSPC, "the disk is full, with 4 pictures to paint; the pictures so far are whole; the same command"),
-        (errno.EROFS, "cannot be written to (the file system is read-only); the pictures so far"),
+        (errno.ENOSPC, 1, "the disk is full, with 4 pictures to paint; the pictures so far are whole; the same"),
+        (errno.EDQUOT, 0, "the disk quota is used up, with 4"),
+        (errno.EROFS, 0, "cannot be written to (the file system is read-only); the pictures so far"),
+        (errno.EIO, 0, "cannot be written to (the disk reports an error); the pictures so far"),
     ],
 )
-def test_the_disk_is_full(capsys, folder, model, monkeypatch, code, message):
+def test_the_disk_is_full(capsys, folder, model, monkeypatch, code, processes, message):
     def full(path, data):
         if path.name == "job2.png":
             raise OSError(code, os.strerror(code))
@@ -352,11 +356,60 @@ def test_the_disk_is_full(capsys, folder, model, monkeypatch, code, message):
     write(some_jobs())
     write_atomic = command.write_atomic
     monkeypatch.setattr(command, "write_atomic", full)
-    assert message in refused(capsys, "batch", "jobs.jsonl", "--out", "out", "--model", model, "--workers", 0)
+    options = ["--model", model, "--workers", processes, "--threads", 1]
+    assert message in refused(capsys, "batch", "jobs.jsonl", "--out", "out", *options)
+    assert not multiprocessing.active_children()
     monkeypatch.undo()
     os.chdir(folder)
     assert paint(capsys, model)[1]["before"] == 2
     assert Counter(event["id"] for event in events("done")) == {f"job{i}": 1 for i in range(6)}
+
+
+@POSIX
+def test_the_system_stops_a_line_in_its_middle(capsys, folder, model):
+    """A limit of the kernel's, as a full disk would: the journal's line of the first picture is written in half."""
+    import resource
+
+    write(some_jobs(3))
+    Path("out").mkdir()
+    limit = 100_000
+    log = Path("out", journal.NAME)
+    log.write_text(json.dumps({"event": "note", "text": "x" * (limit - 300)}) + "\n")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        message = refused(capsys, "batch", "jobs.jsonl", "--out", "out", "--model", model, "--workers", 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "a file is too big, with 3 pictures to paint; the pictures so far are whole; the same" in message
+    assert log.stat().st_size == limit and not log.read_bytes().endswith(b"\n")
+    assert [path.name for path in Path("out").glob("*.png")] == ["job0.png"]
+    whole = Path("out/job0.png").read_bytes()
+    code, report, _ = paint(capsys, model)
+    assert (code, report["before"], report["painted"]) == (0, 1, 2) and Path("out/job0.png").read_bytes() == whole
+    assert [(event["id"], event.get("recovered")) for event in events("done")] == [
+        ("job0", True), ("job1", None), ("job2", None)
+    ]  # fmt: skip
+
+
+def test_a_directory_that_goes_away(capsys, folder, model, monkeypatch):
+    def gone(path, data):
+        shutil.rmtree("out")
+        write_atomic(path, data)
+
+    write(some_jobs(1))
+    write_atomic = command.write_atomic
+    monkeypatch.setattr(command, "write_atomic", gone)
+    message = refused(capsys, "batch", "jobs.jsonl", "--out", "out", "--model", model, "--workers", 0)
+    assert "--out out: it is no longer there; the same command begins anew" in message
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="a place where nobody may write, root neither")
+@pytest.mark.parametrize("out", ["/sys/kernel", "/sys/anima_fast"])
+def test_a_read_only_place(capsys, folder, model, out):
+    write(some_jobs(1))
+    message = refused(capsys, "batch", "jobs.jsonl", "--out", out, "--model", model, "--workers", 0)
+    assert f"--out {out}: cannot be written to (" in message
 
 
 @POSIX
@@ -371,6 +424,7 @@ def test_what_is_refused(capsys, folder, model):
     for name, message in [("nowhere", "no file 'nowhere'"), ("empty", "which is empty"), ("binary", "not UTF-8 text")]:
         assert message in refused(capsys, "batch", name, "--out", "out", *common)
     assert "which is a file" in refused(capsys, "batch", "jobs.jsonl", "--out", "left.png", *common)
+    assert "but 'left.png' is a file" in refused(capsys, "batch", "jobs.jsonl", "--out", "left.png/out", *common)
     assert "--engine ray" in refused(capsys, "batch", "jobs.jsonl", "--out", "out", "--address", "auto", *common)
     assert "--workers: got -1" in refused(capsys, "batch", "jobs.jsonl", "--out", "out", "--workers", "-1")
 
@@ -421,6 +475,17 @@ def test_the_queue():
     with pytest.raises(RuntimeError, match=r"6 workers died one after the other \(bang\)"):
         for _ in range(2):
             queue.lost(first, "bang")
+
+
+def test_jobs_that_kill_their_worker_at_the_end():
+    """Two of them are the last: both are given up, though that takes as many deaths as end a run that has jobs left."""
+    jobs = [Job(str(i), i, Request("a"), "") for i in range(2)]
+    queue = workers._Queue([Batch(i, (job,), frozenset(job.id)) for i, job in enumerate(jobs)])
+    given_up = []
+    while batch := queue.take(None):
+        painted = queue.lost(batch, "bang")
+        given_up += [] if painted is None else [painted.jobs[0].id]
+    assert given_up == ["0", "1"] and queue.deaths == workers._DEATHS
 
 
 # Imports once, then runs the command in one child after the other, each killed after a random time but the last.
@@ -505,14 +570,22 @@ def test_an_address_where_no_ray_is(capsys, folder, model, monkeypatch):
     write(some_jobs(1))
     common = ["batch", "jobs.jsonl", "--out", "out", "--model", model, "--engine", "ray", "--device", "cpu"]
     find_spec = workers.importlib.util.find_spec
-    for there, message in [
-        (None, "ray not installed: pip install"),
-        (object(), "no Ray cluster answers at 'ray://127"),
+    another = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    another.RequestHandlerClass.log_message = lambda *_: None
+    threading.Thread(target=another.serve_forever, daemon=True).start()
+    for there, address, message in [
+        (None, "127.0.0.1:1", "ray not installed: pip install"),
+        (object(), "ray://127.0.0.1:1", "no Ray cluster answers at 'ray://127.0.0.1:1' ([Errno "),
+        (object(), "127.0.0.1:99999", "no Ray cluster answers at '127.0.0.1:99999' ("),
+        (object(), "no.such.invalid:6379", "no Ray cluster answers at 'no.such.invalid:6379' ([Errno "),
+        (object(), f"127.0.0.1:{another.server_port}", "(what answers there is no Ray; its dashboard is at another"),
     ]:
         monkeypatch.setattr(
             workers.importlib.util, "find_spec", lambda name, there=there: there if name == "ray" else find_spec(name)
         )
-        assert message in refused(capsys, *common, "--address", "ray://127.0.0.1:1")
+        assert message in refused(capsys, *common, "--address", address)
+    another.shutdown()
+    another.server_close()
     assert not list(Path("out").glob("*.png"))
 
 

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -38,7 +38,12 @@ _NO_ROOM = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "a file is too big",
 }
-_NO_WRITING = {errno.EROFS: "the file system is read-only", errno.EACCES: "no permission", errno.EPERM: "no permission"}
+_NO_WRITING = {
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "no permission",
+    errno.EPERM: "no permission",
+    errno.EIO: "the disk reports an error",
+}
 
 
 @dataclasses.dataclass
@@ -61,8 +66,10 @@ def run(options: argparse.Namespace) -> int:
         raise invalid("--workers", str(options.workers), "a whole number >= 0")
     device = check_device(options.device or default_device())
     directory = Path(options.out)
-    if directory.exists() and not directory.is_dir():
-        raise invalid("--out", f"{options.out!r}, which is a file", "a directory")
+    for path in (directory, *directory.parents):
+        if path.is_file():
+            where = "which" if path == directory else f"but {str(path)!r}"
+            raise invalid("--out", f"{options.out!r}, {where} is a file", "a directory")
     defaults = {name: getattr(options, name) for name in ("model", "dtype") if getattr(options, name) is not None}
     defaults.setdefault("dtype", "fp32" if torch.device(device).type == "cpu" else "bf16")
     jobs, bad = read_jobs(options.jobs, defaults)
@@ -97,7 +104,12 @@ def _paint(
 ) -> int:
     started = time.perf_counter()
     wanted = {batch.number: batch.wanted for batch in batches}
-    with _stop_at(directory, counts), _open(directory) as log, _Progress(counts, options.json) as progress:
+    with (
+        _stop_at(directory, counts),
+        _open(directory) as log,
+        _Progress(counts, options.json) as progress,
+        contextlib.closing(_engine(options, batches, device)) as engine,  # whatever stops the run ends its workers
+    ):
         _remove_remains(directory, {job.file for job in jobs})
         log.add("start", version=__version__, jobs=counts.jobs, engine=options.engine, workers=options.workers)
         for job in jobs:
@@ -105,7 +117,7 @@ def _paint(
                 _log_done(log, job, directory, recovered=True)
         for wrong in bad:
             log.add("failed", id=wrong.id, line=wrong.line, reason=wrong.reason)
-        for event in _engine(options, batches, device):
+        for event in engine:
             if isinstance(event, workers.Step):
                 progress.step(event)
                 continue
@@ -180,14 +192,17 @@ def _with_models(jobs: Sequence[Job], *, download: bool) -> tuple[list[Job], lis
     return good, [BadJob(j.line, problems[j.request.model], j.id) for j in jobs if j.request.model in problems]
 
 
-def _engine(options: argparse.Namespace, batches: Sequence[Batch], device: str) -> Iterator[Painted | workers.Step]:
+def _engine(
+    options: argparse.Namespace, batches: Sequence[Batch], device: str
+) -> Generator[Painted | workers.Step, None, None]:
     if not batches:
-        return iter(())
+        return
     if options.engine == "ray":
-        return workers.ray_cluster(
+        yield from workers.ray_cluster(
             batches, device=device, workers=max(1, options.workers), threads=options.threads, address=options.address
         )
-    return workers.local(batches, device=device, workers=options.workers, threads=options.threads)
+    else:
+        yield from workers.local(batches, device=device, workers=options.workers, threads=options.threads)
 
 
 def _open(directory: Path) -> journal.Journal:
@@ -213,6 +228,8 @@ def _stop_at(directory: Path, counts: _Counts) -> Iterator[None]:
     again = "the pictures so far are whole; the same command paints the rest"
     try:
         yield
+    except FileNotFoundError as error:
+        raise OSError(f"--out {directory}: it is no longer there; the same command begins anew") from error
     except OSError as error:
         if error.errno in _NO_ROOM:
             raise OSError(

@@ -38,6 +38,10 @@ _DEATHS = 6
 
 _STEP_SECONDS = 0.2
 
+#: How a client of HTTP/2, which Ray's services speak, begins: the preface and no settings. The server's are frames of
+#: type 4.
+_HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -71,21 +75,26 @@ class _Queue:
     def lost(self, batch: Batch, reason: str) -> Painted | None:
         """The batch of a worker that died; what became of it, if it is given up.
 
-        Raises RuntimeError when workers do nothing but die.
+        Raises RuntimeError when workers do nothing but die, whatever they are given. While all that waits has killed
+        one already it is no news, and ends by `TRIES`.
         """
         self.deaths += 1
-        if self.deaths >= _DEATHS:
+        if self.deaths >= _DEATHS and any(not self.tries[_key(waiting)] for waiting in self.waiting):
             raise RuntimeError(f"{self.deaths} workers died one after the other ({reason}): nothing can be painted")
         if len(batch.jobs) > 1:
             wanted = [job for job in batch.jobs if job.id in batch.wanted]
             self.waiting.extendleft(dataclasses.replace(batch, jobs=(job,)) for job in reversed(wanted))
             return None
-        key = tuple(job.id for job in batch.jobs)
+        key = _key(batch)
         self.tries[key] += 1
         if self.tries[key] < TRIES:
             self.waiting.append(batch)
             return None
         return Painted(batch.number, (f"its worker died {TRIES} times ({reason})",), 0.0, jobs=batch.jobs)
+
+
+def _key(batch: Batch) -> tuple[str, ...]:
+    return tuple(job.id for job in batch.jobs)
 
 
 def local(
@@ -256,9 +265,11 @@ def ray_cluster(
     threads = threads or max(1, _cores() // workers)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="error", configure_logging=True)
-    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConnectionError(f"--address: no Ray cluster answers at {address!r} ({reason})") from error
+        if address is None:
+            raise ConnectionError(f"--engine ray: no cluster can be started here ({reason})") from error
+        raise ConnectionError(f"--address: no Ray cluster at {address!r} ({reason})") from error
     gpu = torch.device(device).type == "cuda"
     actor = ray.remote(num_cpus=0 if gpu else threads, num_gpus=1 if gpu else 0, max_restarts=0)(_Actor)
     queue = _Queue(batches)
@@ -299,8 +310,13 @@ def _check_answers(address: str) -> None:
     if match is None:
         return  # "auto", "local": names that Ray knows
     try:
-        socket.create_connection((match[1], int(match[2])), timeout=10).close()
-    except OSError as error:
+        with socket.create_connection((match[1], int(match[2])), timeout=10) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") != "0":
+                return
+            connection.sendall(_HTTP2)
+            if connection.recv(9)[3:4] != b"\4":
+                raise OSError("what answers there is no Ray; its dashboard is at another port")
+    except (OSError, OverflowError) as error:
         raise ConnectionError(f"--address: no Ray cluster answers at {address!r} ({error})") from error
 
 
