@@ -17,7 +17,7 @@ export ANIMA_FAST_CUDA_ARCHS ?= 80
 HAD_EXTENSION := $(if $(wildcard anima_fast/_C*.so),1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-install bench lint clean
+.PHONY: help demo test test-full test-install bench lint docs clean
 .DELETE_ON_ERROR:
 
 help: ## List these commands
@@ -44,8 +44,13 @@ lint: $(VENV)/.installed ## Lint, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Strict: a broken link or anchor, a page that is in no menu and a docstring that does not fit its function are errors.
+docs: $(VENV)/.docs ## The docs site, into site/: every link and anchor checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "built: site/index.html"
+
 clean: ## Remove all that make created: .venv, builds, caches
-	rm -rf $(VENV) build dist *.egg-info anima_fast/_build.json anima_fast/_C*.so
+	rm -rf $(VENV) site build dist *.egg-info anima_fast/_build.json anima_fast/_C*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -65,6 +70,11 @@ ifneq ($(TORCH_INDEX),)
 else
 	ANIMA_FAST_REQUIRE_EXT= ANIMA_FAST_REQUIRE_CUDA= ANIMA_FAST_NO_EXT=1 $(PIP) install -c constraints.txt -e '.[dev]'
 endif
+	@touch $@
+
+# The package is there already, so this adds what the extra names and builds nothing.
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) install -c constraints.txt 'anima-fast[docs]'
 	@touch $@
 
 # Without a compiler there is no stamp: it is tried again, and says again what is missing, until there is one.
