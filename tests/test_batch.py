@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import http.server
@@ -542,6 +543,65 @@ def test_killed_at_random_moments(folder, model):
 @pytest.mark.slow
 def test_200_jobs_killed_20_times(folder, model):
     assert killed_and_resumed(model, count=200, kills=20, longest=5.0) >= 15
+
+
+def worker_processes(parent):
+    """Linux knows the children of a process that is not ours; multiprocessing's resource tracker is not one of them."""
+    found = []
+    with contextlib.suppress(OSError):
+        for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(int(child))
+    return found
+
+
+def killed_with_workers(model, count, kills, longest, steps):
+    """Two workers, each process of the three killed at random moments; the main one is started again."""
+    write([{**job, "steps": steps} for job in some_jobs(count)])
+    command = [sys.executable, "-m", "anima_fast.cli", "batch", "jobs.jsonl", "--model", str(model), "--threads", "1"]
+    subprocess.run([*command, "--out", "whole"], check=True, capture_output=True)
+    seed = random.randrange(1000)
+    chance = random.Random(seed)
+    killed = Counter()
+    while True:
+        process = subprocess.Popen(
+            [*command, "--workers", "2", "--out", "out"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        while killed.total() < kills:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(chance.uniform(0, longest))
+            if process.poll() is not None:
+                break
+            victims = {process.pid: "main"} if chance.random() < 0.5 else {}
+            victims = victims or dict.fromkeys(worker_processes(process.pid), "worker")
+            if victims:
+                victim = chance.choice(list(victims))
+                os.kill(victim, signal.SIGKILL)
+                killed[victims[victim]] += 1
+                if victim == process.pid:
+                    break
+        _, err = process.communicate(timeout=600)
+        if process.returncode == 0:
+            break
+        # by chance the killer strikes so often that no worker finishes anything, which ends a run too
+        assert process.returncode == -signal.SIGKILL or "died one after the other" in err, (seed, err)
+    assert Counter(event["id"] for event in events("done")) == {f"job{i}": 1 for i in range(count)}, (seed, killed)
+    assert not events("failed")
+    assert {path.name for path in Path("out").iterdir()} == {f"job{i}.png" for i in range(count)} | {journal.NAME}
+    whole = {event["id"]: event for event in events("done", "whole")}
+    for event in events("done"):
+        got, expected = Path("out", event["file"]), Path("whole", event["file"])
+        if event.get("rows") == whole[event["id"]]["rows"]:
+            assert got.read_bytes() == expected.read_bytes(), (seed, event)
+        assert np.abs(pixels(got) - pixels(expected)).max() <= 1, (seed, event)
+    return killed
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds another process's children in /proc")
+@pytest.mark.slow
+def test_200_jobs_of_two_workers_killed_20_times(folder, model):
+    killed = killed_with_workers(model, count=200, kills=20, longest=16.0, steps=40)
+    assert killed["main"] >= 2 and killed["worker"] >= 2, killed
 
 
 @POSIX
