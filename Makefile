@@ -46,7 +46,7 @@ lint: $(VENV)/.installed ## Lint, formatting and types
 
 # Strict: a broken link or anchor, a page that is in no menu and a docstring that does not fit its function are errors.
 docs: $(VENV)/.docs ## The docs site, into site/: every link and anchor checked
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "built: site/index.html"
 
 clean: ## Remove all that make created: .venv, builds, caches

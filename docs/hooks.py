@@ -41,7 +41,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
 
 def _command_line() -> str:
     """A section for each command, from its own --help."""
-    os.environ.update(COLUMNS="88", NO_COLOR="1")
+    os.environ.update(COLUMNS="86", NO_COLOR="1")
     from anima_fast.cli import _parser
 
     sections: list[str] = []
