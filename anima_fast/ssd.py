@@ -10,6 +10,7 @@ mamba-ssm's mamba_chunk_scan_combined and selective_state_update; Dao and Gu, "T
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,8 +40,6 @@ from .tensor_checks import (
 
 __all__ = ["ssd_chunk_scan", "ssd_state_update"]
 
-_INFINITY = float("inf")
-
 
 def ssd_chunk_scan(
     x: torch.Tensor,
@@ -56,7 +55,7 @@ def ssd_chunk_scan(
     seq_idx: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     dt_softplus: bool = False,
-    dt_limit: Sequence[float] = (0.0, _INFINITY),
+    dt_limit: Sequence[float] = (0.0, math.inf),
     return_final_states: bool = False,
     return_varlen_states: bool = False,
     state_dtype: torch.dtype | None = None,
@@ -303,7 +302,7 @@ def _scan_facts(
     seq_idx: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     dt_softplus: bool = False,
-    dt_limit: Sequence[float] = (0.0, _INFINITY),
+    dt_limit: Sequence[float] = (0.0, math.inf),
     return_final_states: bool = False,
     return_varlen_states: bool = False,
     state_dtype: torch.dtype | None = None,

@@ -34,7 +34,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
         path = target.relative_to(ROOT).as_posix()
         if config.repo_url:
             return f"[{text}]({config.repo_url.rstrip('/')}/blob/main/{path})"
-        return f"{text} (`{path}` in the repository)"
+        if text == path:
+            return f"`{path}`"
+        return f"{text}: `{path}`" if markdown[: found.start()].endswith("(") else f"{text} (`{path}`)"
 
     return _OUTSIDE.sub(name_it, markdown)
 
