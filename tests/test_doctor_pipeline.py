@@ -107,6 +107,24 @@ def test_all_tests_of_random_weights(pipe, tmp_path):
     assert all(a is b for a, b in zip(after, before, strict=True)), "as it was"
 
 
+def test_a_sampling_patch_made_for_another_model(pipe, tmp_path):
+    """ModelSamplingSD3 tells the model a thousand times the noise level."""
+    prompt = seeds(patched=True)
+    prompt["20"]["class_type"] = "ModelSamplingSD3"
+    request, _ = pipeline.request_of(case_of(tmp_path, prompt), "DIR")
+    assert request.multiplier == 1000
+    seen, current = {}, []
+    hook = pipe.transformer.time_embed.register_forward_pre_hook(
+        lambda _, args: seen.setdefault(current[-1], []).append(float(args[1].max()))
+    )
+    run = pipeline.run(pipe, request, official=SMALL, everything=True, tell=lambda test, *_: current.append(test))
+    hook.remove()
+    assert max(seen["workflow"]) == max(seen["regions_off"]) == 1000
+    assert max(seen["baseline"]) == max(seen["sampling"]) == 1
+    row = next(row for row in run.rows if row.test == "sampling")
+    assert "the model sees the noise level times: 1000 -> 1" in row.changes
+
+
 PLANTED = {
     "sampling": lambda r: r.shift != 1.0,
     "sampler": lambda r: r.steps != 3,

@@ -67,6 +67,14 @@ def run(
 
 
 @dataclasses.dataclass(frozen=True)
+class WorkflowRequest(Request):
+    """What a workflow asks for. Its sampling patch multiplies the noise level by `multiplier` for the model, which wants
+    1: a node made for another model has 1000."""
+
+    multiplier: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
 class _Test:
     request: Request | None
     changes: tuple[str, ...] = ()
@@ -92,6 +100,8 @@ def _plan(request: Request, o: Official, model_shift: float) -> dict[str, _Test]
         return dataclasses.replace(r, regions=(), plan={})
 
     def shifted(r: Request) -> Request:
+        if isinstance(r, WorkflowRequest):
+            r = dataclasses.replace(r, multiplier=1.0)
         return r if shift == o.shift else dataclasses.replace(r, shift=o.shift)
 
     def settings(r: Request) -> Request:
@@ -147,6 +157,8 @@ def _plan(request: Request, o: Official, model_shift: float) -> dict[str, _Test]
 def _changes(before: Request, after: Request) -> Iterator[str]:
     if before.regions and not after.regions:
         yield "regions: left out"
+    if _multiplier(before) != _multiplier(after):
+        yield f"the model sees the noise level times: {_multiplier(before):g} -> {_multiplier(after):g}"
     for name in ("size", "steps", "guidance", "shift"):
         old, new = getattr(before, name), getattr(after, name)
         if old != new:
@@ -167,7 +179,8 @@ def _execute(pipe: Any, test: str, one: _Test) -> tuple[Row, bytes | None]:
     started = time.perf_counter()
     width, height = one.request.size
     try:
-        with _plain_attention(pipe) if one.plain_attention else contextlib.nullcontext():
+        plain = _plain_attention(pipe) if one.plain_attention else contextlib.nullcontext()
+        with plain, _multiplied(pipe, _multiplier(one.request)):
             images, enabled = generate(pipe, one.request)
     except FloatingPointError:
         numbers = measure.measure(np.full((3, height, width), np.nan))
@@ -185,6 +198,24 @@ def _execute(pipe: Any, test: str, one: _Test) -> tuple[Row, bytes | None]:
         return Row(test, "failed", why=str(error), changes=one.changes, seconds=seconds), None
     row = Row(test, "measured", numbers, changes=one.changes, seconds=seconds, log=tuple(log))
     return row, buffer.getvalue()
+
+
+def _multiplier(request: Request) -> float:
+    return request.multiplier if isinstance(request, WorkflowRequest) else 1.0
+
+
+@contextlib.contextmanager
+def _multiplied(pipe: Any, multiplier: float) -> Iterator[None]:
+    """The transformer is told the noise level times `multiplier`."""
+
+    def tell(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "timestep": kwargs["timestep"] * multiplier}
+
+    hook = pipe.transformer.register_forward_pre_hook(tell, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager
@@ -215,7 +246,7 @@ def _environment(pipe: Any, request: Request) -> dict[str, Any]:
 # ---- from a workflow
 
 
-def request_of(case: Case, model: str, dtype: str = "fp32") -> tuple[Request, list[str]]:
+def request_of(case: Case, model: str, dtype: str = "fp32") -> tuple[WorkflowRequest, list[str]]:
     """A workflow's first pass as a request, and what of it diffusers cannot do or nobody can know.
 
     Raises ValueError if the prompt, a region's mask or the size cannot be read off it.
@@ -260,7 +291,7 @@ def request_of(case: Case, model: str, dtype: str = "fp32") -> tuple[Request, li
     steps, cfg = first.get("steps"), first.get("cfg")
     seed = next((first.get(n) for n in ("seed", "noise_seed") if isinstance(first.get(n), int)), 0)
     return (
-        Request(
+        WorkflowRequest(
             prompt=_text(workflow, positive, "the prompt") if positive is not None else "",
             negative=_text(workflow, negative, "the negative prompt") if isinstance(negative, Link) else "",
             regions=tuple(regions),
@@ -269,6 +300,7 @@ def request_of(case: Case, model: str, dtype: str = "fp32") -> tuple[Request, li
             steps=int(steps) if isinstance(steps, (int, float)) else 30,
             guidance=float(cfg) if isinstance(cfg, (int, float)) else 4.0,
             shift=shift,
+            multiplier=found.multiplier,
             start=float(start) if isinstance(start, (int, float)) else 0.0,
             end=float(end) if isinstance(end, (int, float)) else 1.0,
             base=positive is not None or not regions,
