@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -94,23 +95,39 @@ def fold(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([rows, rows.new_zeros(batch, 1, width)], dim=1), bias
 
 
-def loss_of(parts: Any, qwen: Any, t5: Any, latents: torch.Tensor, captions: list[str], seed: int) -> torch.Tensor:
+def loss_of(
+    parts: Any,
+    qwen: Any,
+    t5: Any,
+    latents: torch.Tensor,
+    captions: list[str],
+    seed: int,
+    rows: slice = slice(None),
+) -> torch.Tensor:
+    """The loss of some rows of a batch, whose noise and levels are drawn for all of it."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(latents.shape, generator=generator)
     # stratified: one u in each of B equal intervals
     count = len(latents)
     u = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
     sigma = model.SHIFT * u / (1 + (model.SHIFT - 1) * u)
+    latents, noise, sigma, captions = latents[rows], noise[rows], sigma[rows], captions[rows]
     s = sigma.view(-1, 1, 1, 1, 1)
-    rows, bias = fold(context(parts, qwen, t5, captions))
-    found = parts["transformer"]((1 - s) * latents + s * noise, sigma, rows, attention_mask=bias, return_dict=False)[0]
+    text, bias = fold(context(parts, qwen, t5, captions))
+    found = parts["transformer"]((1 - s) * latents + s * noise, sigma, text, attention_mask=bias, return_dict=False)[0]
     return (found.float() - (noise - latents)).square().mean()
 
 
 class Training:
-    """Weights, their moving average, the optimizer and the number of steps done: all that a checkpoint holds."""
+    """Weights, their moving average, the optimizer and the number of steps done: all that a checkpoint holds.
+
+    Of several processes (torch.distributed), each computes the gradient of its rows of a batch; all add them up and
+    take the same step."""
 
     def __init__(self, qwen: Any, t5: Any, steps: int, *, bf16: bool = True) -> None:
+        several = torch.distributed.is_initialized()
+        self.rank = torch.distributed.get_rank() if several else 0
+        self.processes = torch.distributed.get_world_size() if several else 1
         torch.manual_seed(0)
         self.qwen, self.t5, self.steps, self.bf16 = qwen, t5, steps, bf16
         self.parts = model.build(len(qwen), len(t5), rows=0)
@@ -126,10 +143,14 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = LEARNING_RATE * run.schedule(self.done, self.steps, warmup=200)
         latents, captions = data.batch(self.done)
+        cuts = [len(captions) * i // self.processes for i in range(self.processes + 1)]
+        rows = slice(cuts[self.rank], cuts[self.rank + 1])
+        share = (rows.stop - rows.start) / len(captions)
         # for 64 tokens, plain products are faster than the flash kernel's backward pass
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16), sdpa_kernel(SDPBackend.MATH):
-            loss = loss_of(self.parts, self.qwen, self.t5, latents, captions, seed=self.done)
+            loss = share * loss_of(self.parts, self.qwen, self.t5, latents, captions, seed=self.done, rows=rows)
         loss.backward()
+        loss = self._summed(loss.detach())
         torch.nn.utils.clip_grad_norm_(self.parts.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -140,6 +161,17 @@ class Training:
             torch._foreach_lerp_(averages, [p.detach() for p in self.parts.parameters()], 1 - keep)
         self.losses.append(loss.item())
         return self.losses[-1]
+
+    def _summed(self, loss: torch.Tensor) -> torch.Tensor:
+        """Adds up the gradients of all processes, and the loss."""
+        if self.processes == 1:
+            return loss
+        grads = [p.grad for p in self.parts.parameters() if p.grad is not None]
+        flat = torch.cat([grad.flatten() for grad in grads] + [loss.flatten()])
+        torch.distributed.all_reduce(flat)
+        for grad, found in zip(grads, flat[:-1].split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(found.view_as(grad))
+        return flat[-1]
 
     def save(self, file: Path) -> None:
         state = {
@@ -165,7 +197,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--save-every", type=float, default=120, metavar="SECONDS")
     parser.add_argument("--fp32", action="store_true", help="without bfloat16")
+    parser.add_argument("--processes", type=int, default=1, help="that share each batch")
     options = parser.parse_args()
+    model.load_tokenizers(options.run)  # made once
+    if options.processes == 1:
+        train(0, options, "")
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.spawn(train, (options, f"file://{folder}/meet"), options.processes)
+
+
+def train(rank: int, options: argparse.Namespace, meet: str) -> None:
+    if options.processes > 1:
+        torch.distributed.init_process_group("gloo", meet, rank=rank, world_size=options.processes)
     torch.set_num_threads(options.threads)
     qwen, t5 = model.load_tokenizers(options.run)
     training = Training(qwen, t5, options.steps, bf16=not options.fp32)
@@ -173,14 +217,17 @@ def main() -> None:
     file = options.run / "train.pt"
     if file.is_file():
         training.load(file)
-    bar = tqdm(total=options.steps, initial=training.done, desc="train")
+    if options.processes > 1:
+        torch.distributed.barrier()  # nobody writes the file before all have read it
+    bar = tqdm(total=options.steps, initial=training.done, desc="train", disable=rank > 0)
     saved = time.monotonic()
     while training.done < options.steps:
         run.wait_while_quiet()
         training.step(data)
         bar.set_postfix(loss=f"{np.mean(training.losses[-50:]):.4f}", refresh=False)
         bar.update()
-        if time.monotonic() - saved > options.save_every or training.done == options.steps:
+        late = time.monotonic() - saved > options.save_every or training.done == options.steps
+        if rank == 0 and late:
             training.save(file)
             run.plot({"loss": training.losses}, options.run / "loss.png")
             saved = time.monotonic()
