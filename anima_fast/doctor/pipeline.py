@@ -68,8 +68,8 @@ def run(
 
 @dataclasses.dataclass(frozen=True)
 class WorkflowRequest(Request):
-    """What a workflow asks for. Its sampling patch multiplies the noise level by `multiplier` for the model, which wants
-    1: a node made for another model has 1000."""
+    """What a workflow asks for. Its sampling patch tells the model `multiplier` times the noise level; right is 1, a
+    node made for another model has 1000."""
 
     multiplier: float = 1.0
 
