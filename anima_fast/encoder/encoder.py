@@ -100,7 +100,10 @@ class Encoder:
     Attributes:
         model: the torch module: token ids `[B, L]` -> states `[B, L, output_size]`, before any adjustment.
         adjustment: what follows the head; may be replaced.
-        recurrence, head_norm, hash, dtype: as loaded; `hash` is `Checkpoint.hash`.
+        recurrence: as loaded.
+        head_norm: as loaded.
+        dtype: as loaded.
+        hash: of the file's header and the head's tensors; alignment and calibration files name it.
     """
 
     def __init__(

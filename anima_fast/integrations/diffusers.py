@@ -1,9 +1,9 @@
 """Regional prompts in diffusers' Anima pipeline (`AnimaModularPipeline`, text to image and image to image).
 
-    from anima_fast.integrations import diffusers as regional
-    regional.enable(pipe, regions=[regional.Region("left.png", "a red house"), regional.Region("right.png", "a tree")])
-    pipe(prompt="a village street, evening", negative_prompt="blurry").images       # the prompt is the base prompt
-    regional.disable(pipe)                                                          # or: with regional.enable(...):
+    from anima_fast.integrations.diffusers import Region, disable, enable
+    enable(pipe, regions=[Region("left.png", "a red house"), Region("right.png", "a tree")])
+    pipe(prompt="a village street, evening").images      # the prompt is the base prompt
+    disable(pipe)                                        # or: with enable(...):
 
 How it works: each region's text goes through the pipeline's text encoder and text conditioner by itself. A processor
 on every block's cross-attention (`attn2`) then attends to all prompts at once, with the regions' bias, through the
