@@ -7,13 +7,14 @@ A tenth of the captions are empty, for guidance. What a step does follows from i
 training is the same training. Small pictures come first: they cost little, and teach words and shapes.
 
     python examples/tiny_anima/train.py --run RUN --steps 8000       RUN/train.pt, RUN/loss.png; resumes from there
+    torchrun --standalone --nproc-per-node 2 -- examples/tiny_anima/train.py --run RUN --threads 1
+                                                                     two processes that share each batch
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,8 @@ class Data:
         return latents[torch.from_numpy(chosen)].float().unsqueeze(2), captions
 
     def _weights(self, step: int) -> np.ndarray:
-        """Share of each picture size: from mostly small ones to that of the data in the first third."""
-        late = min(1.0, 3 * step / self.steps)
+        """Share of each picture size: from mostly small ones to that of the data in the first two thirds."""
+        late = min(1.0, 1.5 * step / self.steps)
         natural = np.array([float(len(latents)) for latents in self.latents])
         small = np.array([float(latents[0, 0].numel() <= 144) for latents in self.latents])
         if not small.any():
@@ -197,27 +198,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--save-every", type=float, default=120, metavar="SECONDS")
     parser.add_argument("--fp32", action="store_true", help="without bfloat16")
-    parser.add_argument("--processes", type=int, default=1, help="that share each batch")
     options = parser.parse_args()
-    model.load_tokenizers(options.run)  # made once
-    if options.processes == 1:
-        train(0, options, "")
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(train, (options, f"file://{folder}/meet"), options.processes)
-
-
-def train(rank: int, options: argparse.Namespace, meet: str) -> None:
-    if options.processes > 1:
-        torch.distributed.init_process_group("gloo", meet, rank=rank, world_size=options.processes)
     torch.set_num_threads(options.threads)
+    rank = 0
+    if torch.distributed.is_torchelastic_launched():
+        torch.distributed.init_process_group("gloo")
+        rank = torch.distributed.get_rank()
     qwen, t5 = model.load_tokenizers(options.run)
     training = Training(qwen, t5, options.steps, bf16=not options.fp32)
     data = Data(options.run / "latents.safetensors", options.steps)
     file = options.run / "train.pt"
     if file.is_file():
         training.load(file)
-    if options.processes > 1:
+    if training.processes > 1:
         torch.distributed.barrier()  # nobody writes the file before all have read it
     bar = tqdm(total=options.steps, initial=training.done, desc="train", disable=rank > 0)
     saved = time.monotonic()
