@@ -113,6 +113,34 @@ def test_classifier_sees_nothing_on_an_empty_picture(part):
         assert classify.background(image) == ground
 
 
+def test_regions_are_judged_by_what_lies_in_them(part, monkeypatch):
+    """benchmarks/regional_quality.py on drawn pictures: right ones, ones with two regions exchanged, empty ones."""
+    monkeypatch.syspath_prepend(str(FOLDER.parents[1] / "benchmarks"))
+    quality, pictures = importlib.import_module("regional_quality"), part("pictures")
+    cases = quality.cases(6)
+    assert len({case.seed for case in cases}) == len(cases) == 24
+
+    def drawn(case, asked):
+        width, height = case.size
+        things = []
+        for place, (colour, shape) in zip(case.places, asked, strict=True):
+            y, x = (25.0, 25.0) if place.many else (float(at.mean()) for at in np.nonzero(place.mask > 0.5))
+            things.append(pictures.Thing(colour, shape, "plain", "medium", x, y, 20.0, 0.0))
+        return pictures.draw(pictures.Picture(width, height, case.ground, "plain", tuple(things)))
+
+    for case in cases:
+        verdict = quality.judge(drawn(case, case.asked), case)
+        assert all(verdict["right"]) and verdict["ground"] and verdict["objects"] == len(case.places), case
+        swapped = (case.asked[1], case.asked[0], *case.asked[2:])
+        assert quality.judge(drawn(case, swapped), case)["right"][:2] == [False, False]
+        empty = pictures.draw(pictures.Picture(*case.size, case.ground, "plain", ()))
+        assert not any(quality.judge(empty, case)["right"])
+    # colours and shapes of a picture differ, and one sentence names all of them
+    for case in cases:
+        assert len({colour for colour, _ in case.asked}) == len({shape for _, shape in case.asked}) == len(case.asked)
+        assert all(colour in case.sentence and shape in case.sentence for colour, shape in case.asked)
+
+
 @pytest.fixture(scope="module")
 def tokenizers(part):
     pytest.importorskip("diffusers")

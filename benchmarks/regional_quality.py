@@ -1,0 +1,342 @@
+"""Regional prompting, judged by what is on the pictures: in which share of regions is what the region's prompt says?
+
+    python benchmarks/regional_quality.py                    every setting on every layout, docs/regional_quality.png
+    python benchmarks/regional_quality.py --list             the settings
+    python benchmarks/regional_quality.py --only hard blend --cases 20
+
+The tiny Anima (examples/tiny_anima) paints; `classify.py` of the same folder says what is there. A region is right if,
+of the objects whose middle lies in it, the largest has the colour and the shape that its prompt names. Colours and
+shapes of a picture all differ, so that a prompt that leaks or is ignored shows. All settings paint the same cases from
+the same noise: what differs between two lines of the table is the setting. "One long prompt" names the same things and
+places in one sentence, in the words that the model was trained with, and has no regions.
+
+Settings that are there already are not painted again when the same figures file is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from anima_fast.bench.machine import describe
+from anima_fast.files import write_atomic
+from anima_fast.integrations.diffusers import Region, enable
+from anima_fast.runner.model import find, load
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples" / "tiny_anima"))
+import classify  # noqa: E402
+import pictures  # noqa: E402
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A region of a layout: its mask [H, W], and what one sentence calls the place."""
+
+    mask: np.ndarray
+    words: str
+    many: bool = False  # asked to hold several of its object
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    layout: str
+    places: tuple[Place, ...]
+    asked: tuple[tuple[str, str], ...]  # colour and shape of each place
+    ground: str
+    seed: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        height, width = self.places[0].mask.shape
+        return width, height
+
+    @property
+    def prompts(self) -> list[str]:
+        """What each region shows."""
+        return [_named(*what, many=place.many) for what, place in zip(self.asked, self.places, strict=True)]
+
+    @property
+    def base(self) -> str:
+        count = {2: "two", 4: "four"}[len(self.places)]
+        count = "some" if any(place.many for place in self.places) else count
+        return f"{count} shapes on a {self.ground} background"
+
+    @property
+    def sentence(self) -> str:
+        """One long prompt."""
+        named = [f"{text} {place.words}".rstrip() for text, place in zip(self.prompts, self.places, strict=True)]
+        return f"{', '.join(named[:-1])} and {named[-1]} on a {self.ground} background"
+
+
+def _named(colour: str, shape: str, *, many: bool) -> str:
+    if many:
+        return f"four small {colour} {shape}{'es' if shape == 'cross' else 's'}"
+    return f"{'an' if colour == 'orange' else 'a'} {colour} {shape}"
+
+
+def layouts() -> dict[str, tuple[Place, ...]]:
+    """Masks at the picture's size: 128 x 128, with a surround 192 x 192."""
+    y, x = np.mgrid[0:128, 0:128].astype(np.float32) / 128 + 0.5 / 128
+    ramp = np.clip((x - 0.5) / 0.5 + 0.5, 0, 1)  # from a quarter to three quarters of the width
+    corners = {"top left": (y < 0.5) & (x < 0.5), "top right": (y < 0.5) & (x >= 0.5)}
+    corners |= {"bottom left": (y >= 0.5) & (x < 0.5), "bottom right": (y >= 0.5) & (x >= 0.5)}
+    centre = np.zeros((192, 192), np.float32)
+    centre[56:136, 56:136] = 1
+    return {
+        "halves": (Place(_float(x < 0.5), "on the left"), Place(_float(x >= 0.5), "on the right")),
+        "soft halves": (Place(1 - ramp, "on the left"), Place(ramp, "on the right")),
+        "quadrants": tuple(Place(_float(mask), f"at the {words}") for words, mask in corners.items()),
+        "centre, surround": (Place(centre, "in the middle"), Place(1 - centre, "", many=True)),
+    }
+
+
+def _float(mask: np.ndarray) -> np.ndarray:
+    return mask.astype(np.float32)
+
+
+def cases(count: int) -> list[Case]:
+    """`count` of each layout; what is asked follows from the layout and the number."""
+    found = []
+    for number, (layout, places) in enumerate(layouts().items()):
+        for i in range(count):
+            rng = np.random.default_rng((4, number, i))
+            colours = rng.permutation(list(pictures.COLOURS))[: len(places)]
+            shapes = rng.permutation(pictures.SHAPES)[: len(places)]
+            asked = tuple((str(c), str(s)) for c, s in zip(colours, shapes, strict=True))
+            found.append(Case(layout, places, asked, str(rng.choice(list(pictures.BACKGROUNDS))), 1000 * number + i))
+    return found
+
+
+#: Adds the background to each region's prompt; it is no argument of `enable`.
+NAMED = "regions name the background"
+
+#: What `enable` is called with; None: no regions, one long prompt.
+SETTINGS: dict[str, dict[str, Any] | None] = {
+    "one long prompt": None,
+    "one long prompt, pads stripped": {"pads": "strip"},
+    "soft 0.1": {"strength": 0.1},
+    "soft 0.2": {"strength": 0.2},
+    "soft 0.35": {"strength": 0.35},
+    "soft 0.5": {"strength": 0.5},
+    "soft 1": {"strength": 1.0},
+    "hard": {"mode": "hard"},
+    "blend": {"combine": "blend"},
+    "soft 0.35, base only where no region is": {"strength": 0.35, "base_always_allowed": False},
+    "hard, base only where no region is": {"mode": "hard", "base_always_allowed": False},
+    "blend, base 0.2": {"combine": "blend", "base_weight": 0.2},
+    "blend, base 0.5": {"combine": "blend", "base_weight": 0.5},
+    "soft 0.35, no base": {"strength": 0.35, "base": False},
+    "hard, no base": {"mode": "hard", "base": False},
+    "blend, no base": {"combine": "blend", "base": False},
+    f"soft 0.35, {NAMED}": {"strength": 0.35},
+    f"hard, {NAMED}": {"mode": "hard"},
+    f"blend, {NAMED}": {"combine": "blend"},
+    f"blend, no base, {NAMED}": {"combine": "blend", "base": False},
+    "hard, first half": {"mode": "hard", "end_percent": 0.5},
+    "hard, first half, then base": {"mode": "hard", "end_percent": 0.5, "outside": "base"},
+    "hard, from 0.3": {"mode": "hard", "start_percent": 0.3},
+    "hard, from 0.3, before base": {"mode": "hard", "start_percent": 0.3, "outside": "base"},
+    "blend, first half, then base": {"combine": "blend", "end_percent": 0.5, "outside": "base"},
+    "soft 0.35, pads stripped": {"strength": 0.35, "pads": "strip"},
+    "hard, pads stripped": {"mode": "hard", "pads": "strip"},
+    "blend, pads stripped": {"combine": "blend", "pads": "strip"},
+    "the seed's: soft 1, eps 1e-4, from 0.3": {"strength": 1.0, "eps": 1e-4, "start_percent": 0.3},
+    "the seed's, eps 1e-3, from 0.15": {"strength": 1.0, "eps": 1e-3, "start_percent": 0.15},
+}
+
+#: Columns of the contact sheet.
+SHOWN = ("one long prompt", "soft 0.1", "soft 0.35", "soft 1", "hard", "blend", f"blend, {NAMED}")
+
+
+def paint(pipe: Any, some: list[Case], name: str, steps: int) -> list[np.ndarray]:
+    """uint8 [H, W, 3] of cases of one size, each from its own noise."""
+    setting = SETTINGS[name]
+    regional = setting is not None and set(setting) != {"pads"}
+    rows = []
+    for case in some:
+        tail = f" on a {case.ground} background" if NAMED in name else ""
+        rows.append([Region(p.mask, t + tail) for p, t in zip(case.places, case.prompts, strict=True)])
+    with contextlib.ExitStack() as stack:
+        if setting is not None:
+            stack.enter_context(enable(pipe, rows if regional else (), **setting))
+        found = pipe(
+            prompt=[case.base if regional else case.sentence for case in some],
+            negative_prompt=[""] * len(some),
+            width=some[0].size[0],
+            height=some[0].size[1],
+            num_inference_steps=steps,
+            generator=[torch.Generator().manual_seed(case.seed) for case in some],
+            output_type="np",
+        ).images
+    return list((found * 255).round().astype(np.uint8))
+
+
+def judge(image: np.ndarray, case: Case) -> dict[str, Any]:
+    """Which regions are right, whether the background is, and how many objects are on the picture."""
+    owner = np.stack([place.mask for place in case.places]).argmax(0)
+    inside: list[list[classify.Found]] = [[] for _ in case.places]
+    seen = classify.find(image)
+    for one in seen:
+        left, top, right, bottom = one.box
+        inside[owner[(top + bottom) // 2, (left + right) // 2]].append(one)
+    right = [bool(of) and (of[0].colour, of[0].shape) == what for of, what in zip(inside, case.asked, strict=True)]
+    return {"right": right, "ground": classify.background(image) == case.ground, "objects": len(seen)}
+
+
+def run(pipe: Any, every: list[Case], name: str, steps: int, batch: int) -> dict[str, Any]:
+    """Paints and judges; the verdicts are in the order of the cases."""
+    begun = time.perf_counter()
+    verdicts = []
+    shown = {}
+    bar = tqdm(total=len(every), desc=name, leave=False)
+    for layout in layouts():
+        of = [case for case in every if case.layout == layout]
+        for start in range(0, len(of), batch):
+            some = of[start : start + batch]
+            images = paint(pipe, some, name, steps)
+            if start == 0:
+                shown[layout] = images[:3]
+            verdicts += [judge(image, case) for image, case in zip(images, some, strict=True)]
+            bar.update(len(some))
+    bar.close()
+    return {"verdicts": verdicts, "seconds": round(time.perf_counter() - begun, 1), "shown": shown}
+
+
+def interval(right: int, count: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a share."""
+    z, share = 1.96, right / count
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return middle - half, middle + half
+
+
+def table(every: list[Case], results: dict[str, dict[str, Any]]) -> str:
+    """Markdown: shares of right regions by layout and in all, of wholly right pictures, and of right backgrounds."""
+    names = list(layouts())
+    lines = [
+        f"| setting | {' | '.join(names)} | all regions | whole pictures | background |",
+        f"|---|{'---|' * (len(names) + 3)}",
+    ]
+    for name in SETTINGS:
+        if name not in results:
+            continue
+        verdicts = results[name]["verdicts"]
+        cells = []
+        for layout in names:
+            of = [v for v, case in zip(verdicts, every, strict=True) if case.layout == layout]
+            cells.append(f"{np.mean([r for v in of for r in v['right']]):.0%}")
+        flat = [r for v in verdicts for r in v["right"]]
+        low, high = interval(sum(flat), len(flat))
+        cells.append(f"**{np.mean(flat):.1%}** ({low:.0%} to {high:.0%})")
+        cells.append(f"{np.mean([all(v['right']) for v in verdicts]):.0%}")
+        cells.append(
+            "" if "no base" in name and NAMED not in name else f"{np.mean([v['ground'] for v in verdicts]):.0%}"
+        )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def pairs(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Folded against stripped pads on the same pictures: regions that only one of them has right."""
+    lines = []
+    for name in results:
+        stripped = f"{name}, pads stripped"
+        if stripped in results:
+            both = zip(results[name]["verdicts"], results[stripped]["verdicts"], strict=True)
+            each = [pair for a, b in both for pair in zip(a["right"], b["right"], strict=True)]
+            folded, other = (sum(pair == only for pair in each) for only in ((True, False), (False, True)))
+            lines.append(f"{name}: {folded} regions right with folded pads only, {other} with stripped pads only")
+    return lines
+
+
+def sheet(every: list[Case], shown: dict[str, dict[str, list[np.ndarray]]], file: Path) -> None:
+    """Two cases of each layout: what is asked, and each setting's picture, wrong regions crossed out."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    cell, gap, head, first = 128, 10, 52, 210
+    names = [name for name in SHOWN if name in shown]
+    chosen = [case for layout in layouts() for case in [c for c in every if c.layout == layout][:2]]
+    page = Image.new("RGB", (first + len(names) * (cell + gap), head + len(chosen) * (cell + gap)), "white")
+    pen = ImageDraw.Draw(page)
+    font = ImageFont.load_default(12)
+    for column, name in enumerate(names):
+        words = name.replace(", ", ",\n")
+        pen.multiline_text((first + column * (cell + gap), 2), words, fill="black", font=font, spacing=1)
+    for row, case in enumerate(chosen):
+        top = head + row * (cell + gap)
+        asked = [f"{place.words or 'around it'}: {t}" for place, t in zip(case.places, case.prompts, strict=True)]
+        pen.multiline_text((4, top + 2), "\n".join([*asked, "", case.base.replace(" on ", "\non ")]), "black", font)
+        for column, name in enumerate(names):
+            image = shown[name][case.layout][row % 2]
+            verdict = judge(image, case)
+            left = first + column * (cell + gap)
+            page.paste(Image.fromarray(image).resize((cell, cell), Image.Resampling.LANCZOS), (left, top))
+            scale = cell / case.size[0]
+            owner = np.stack([place.mask for place in case.places]).argmax(0)
+            for i, right in enumerate(verdict["right"]):
+                if not right:
+                    ys, xs = np.nonzero(owner == i)
+                    x, y = left + (xs.min() + 9) * scale, top + (ys.min() + 9) * scale
+                    for line in ((x - 5, y - 5, x + 5, y + 5), (x - 5, y + 5, x + 5, y - 5)):
+                        pen.line(line, "white", 5)
+                        pen.line(line, (220, 0, 0), 3)
+    page.save(file, optimize=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT / "examples/tiny_anima/model"))
+    parser.add_argument("--cases", type=int, default=60, help="of each layout (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=SETTINGS, metavar="SETTING", help="default: all")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=20)
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/regional_quality.json")
+    parser.add_argument("--sheet", type=Path, help="also a contact sheet, of all that was painted now")
+    parser.add_argument("--list", action="store_true", help="show the settings")
+    options = parser.parse_args()
+    if options.list:
+        for name, setting in SETTINGS.items():
+            print(f"{name:<42} {setting if setting is not None else 'no regions'}")
+        return
+    settings = {"cases": options.cases, "steps": options.steps, "batch": options.batch}
+    every = cases(options.cases)
+    results: dict[str, dict[str, Any]] = {}
+    if options.json.is_file():
+        before = json.loads(options.json.read_text(encoding="utf-8"))
+        if before["settings"] == settings:
+            results = before["results"]
+    wanted = options.only or list(SETTINGS)
+    if options.sheet:
+        wanted += [name for name in SHOWN if name not in wanted]
+    pipe = load(find(options.model), dtype=torch.float32, device="cpu")
+    shown = {}
+    for name in wanted:
+        if name in results and not (options.sheet and name in SHOWN):
+            continue
+        found = run(pipe, every, name, options.steps, options.batch)
+        shown[name] = found.pop("shown")
+        results[name] = found
+        record = {"machine": describe(), "settings": settings, "results": results}
+        write_atomic(options.json, (json.dumps(record) + "\n").encode())
+        share = np.mean([r for v in found["verdicts"] for r in v["right"]])
+        print(f"{name}: {share:.1%} of regions, {found['seconds']} s", flush=True)
+    print("\n" + table(every, results))
+    print("\n".join(["", *pairs(results)]))
+    if options.sheet:
+        sheet(every, shown, options.sheet)
+
+
+if __name__ == "__main__":
+    main()
