@@ -125,7 +125,7 @@ def test_regions_are_judged_by_what_lies_in_them(part, monkeypatch):
         things = []
         for place, (colour, shape) in zip(case.places, asked, strict=True):
             y, x = (25.0, 25.0) if place.many else (float(at.mean()) for at in np.nonzero(place.mask > 0.5))
-            things.append(pictures.Thing(colour, shape, "plain", "medium", x, y, 20.0, 0.0))
+            things.append(pictures.Thing(colour, shape, "plain", "medium", x, y, 20.0))
         return pictures.draw(pictures.Picture(width, height, case.ground, "plain", tuple(things)))
 
     for case in cases:

@@ -161,7 +161,7 @@ def _framed(mask: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _drawings() -> tuple[list[str], torch.Tensor]:
-    """Every shape at a few angles, upright within 0.12 radians as the generator draws them, [n, 32, 32]."""
+    """Every shape at a few angles, upright within 0.1 radians, [n, 32, 32]."""
     at = np.linspace(-1.2, 1.2, 193, dtype=np.float32)
     x, y = np.meshgrid(at, at)
     names, drawings = [], []
