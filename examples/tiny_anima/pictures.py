@@ -46,17 +46,15 @@ PATTERNS = ("plain", "striped", "dotted")
 BACKGROUND_PATTERNS = ("plain", "striped", "checkered")
 #: Radius of the circle around an object.
 RADII = {"small": 17.0, "medium": 22.0, "large": 30.0}
-#: Objects' middles lie on a raster, that of the latents: a small model learns shapes many times faster so.
-RASTER = 8
+#: Objects' middles lie on a raster, that of the transformer's tokens: a small model learns shapes many times faster so.
+RASTER = 16
 #: Width and height of pictures, and how often each is drawn.
 SIZES = {
     (128, 128): 10,
     (96, 96): 2,
     (64, 64): 1,
-    (160, 96): 2,
-    (96, 160): 2,
-    (192, 128): 1,
-    (128, 192): 1,
+    (192, 128): 2,
+    (128, 192): 2,
     (192, 192): 1,
 }
 
@@ -201,7 +199,7 @@ def _sample(rng: np.random.Generator, size: tuple[int, int] | None, count: int |
         size = list(SIZES)[rng.choice(len(SIZES), p=weights / weights.sum())]
     width, height = size
     if count is None:
-        most = 1 if width * height <= 64 * 64 else 2 if width * height <= 96 * 96 else 4
+        most = 1 if min(width, height) < 128 else 4
         count = min(int(rng.choice([0, 1, 2, 3, 4], p=[0.02, 0.38, 0.34, 0.12, 0.14])), most)
     background = str(rng.choice(list(BACKGROUNDS)))
     pattern = str(rng.choice(BACKGROUND_PATTERNS, p=[0.7, 0.15, 0.15]))
