@@ -23,7 +23,7 @@ HAD_EXTENSION := $(if $(wildcard anima_fast/_C*.so),1)
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.extension ## Regional attention on real masks at Anima's shapes: correct, timed, with pictures
+demo: $(VENV)/.extension ## Four prompts in four regions, painted; then the attention at Anima's shapes, checked and timed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.extension ## The everyday tests (minutes)

@@ -46,7 +46,6 @@ class Place:
 
     mask: np.ndarray
     words: str
-    many: bool = False  # asked to hold several of its object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,42 +62,45 @@ class Case:
         return width, height
 
     @property
-    def prompts(self) -> list[str]:
+    def objects(self) -> list[str]:
         """What each region shows."""
-        return [_named(*what, many=place.many) for what, place in zip(self.asked, self.places, strict=True)]
+        return [f"{'an' if colour == 'orange' else 'a'} {colour} {shape}" for colour, shape in self.asked]
+
+    @property
+    def prompts(self) -> list[str]:
+        """Of each region: object, place, background, as the model's captions of one object have them."""
+        ground = f"on a {self.ground} background"
+        return [f"{text} {place.words} {ground}" for text, place in zip(self.objects, self.places, strict=True)]
 
     @property
     def base(self) -> str:
-        count = {2: "two", 4: "four"}[len(self.places)]
-        count = "some" if any(place.many for place in self.places) else count
+        count = {2: "two", 4: "four", 6: "some"}[len(self.places)]
         return f"{count} shapes on a {self.ground} background"
 
     @property
     def sentence(self) -> str:
         """One long prompt."""
-        named = [f"{text} {place.words}".rstrip() for text, place in zip(self.prompts, self.places, strict=True)]
+        named = [f"{text} {place.words}" for text, place in zip(self.objects, self.places, strict=True)]
         return f"{', '.join(named[:-1])} and {named[-1]} on a {self.ground} background"
 
 
-def _named(colour: str, shape: str, *, many: bool) -> str:
-    if many:
-        return f"four small {colour} {shape}{'es' if shape == 'cross' else 's'}"
-    return f"{'an' if colour == 'orange' else 'a'} {colour} {shape}"
-
-
 def layouts() -> dict[str, tuple[Place, ...]]:
-    """Masks at the picture's size: 128 x 128, with a surround 192 x 192."""
+    """Masks at the picture's size: 128 x 128; six panels 192 x 128, a centre and all around it 192 x 192."""
     y, x = np.mgrid[0:128, 0:128].astype(np.float32) / 128 + 0.5 / 128
     ramp = np.clip((x - 0.5) / 0.5 + 0.5, 0, 1)  # from a quarter to three quarters of the width
     corners = {"top left": (y < 0.5) & (x < 0.5), "top right": (y < 0.5) & (x >= 0.5)}
     corners |= {"bottom left": (y >= 0.5) & (x < 0.5), "bottom right": (y >= 0.5) & (x >= 0.5)}
+    row, column = np.mgrid[0:128, 0:192] // 64
+    panels = [("top left", 0, 0), ("top", 0, 1), ("top right", 0, 2)]
+    panels += [("bottom left", 1, 0), ("bottom", 1, 1), ("bottom right", 1, 2)]
     centre = np.zeros((192, 192), np.float32)
     centre[56:136, 56:136] = 1
     return {
         "halves": (Place(_float(x < 0.5), "on the left"), Place(_float(x >= 0.5), "on the right")),
         "soft halves": (Place(1 - ramp, "on the left"), Place(ramp, "on the right")),
         "quadrants": tuple(Place(_float(mask), f"at the {words}") for words, mask in corners.items()),
-        "centre, surround": (Place(centre, "in the middle"), Place(1 - centre, "", many=True)),
+        "six panels": tuple(Place(_float((row == r) & (column == c)), f"at the {words}") for words, r, c in panels),
+        "centre, surround": (Place(centre, "in the middle"), Place(1 - centre, "at the top")),
     }
 
 
@@ -119,8 +121,8 @@ def cases(count: int) -> list[Case]:
     return found
 
 
-#: Adds the background to each region's prompt; it is no argument of `enable`.
-NAMED = "regions name the background"
+#: Takes place and background out of each region's prompt; it is no argument of `enable`.
+BARE = "regions name only the object"
 
 #: What `enable` is called with; None: no regions, one long prompt.
 SETTINGS: dict[str, dict[str, Any] | None] = {
@@ -140,10 +142,9 @@ SETTINGS: dict[str, dict[str, Any] | None] = {
     "soft 0.35, no base": {"strength": 0.35, "base": False},
     "hard, no base": {"mode": "hard", "base": False},
     "blend, no base": {"combine": "blend", "base": False},
-    f"soft 0.35, {NAMED}": {"strength": 0.35},
-    f"hard, {NAMED}": {"mode": "hard"},
-    f"blend, {NAMED}": {"combine": "blend"},
-    f"blend, no base, {NAMED}": {"combine": "blend", "base": False},
+    f"soft 0.35, {BARE}": {"strength": 0.35},
+    f"hard, {BARE}": {"mode": "hard"},
+    f"blend, {BARE}": {"combine": "blend"},
     "hard, first half": {"mode": "hard", "end_percent": 0.5},
     "hard, first half, then base": {"mode": "hard", "end_percent": 0.5, "outside": "base"},
     "hard, from 0.3": {"mode": "hard", "start_percent": 0.3},
@@ -157,7 +158,7 @@ SETTINGS: dict[str, dict[str, Any] | None] = {
 }
 
 #: Columns of the contact sheet.
-SHOWN = ("one long prompt", "soft 0.1", "soft 0.35", "soft 1", "hard", "blend", f"blend, {NAMED}")
+SHOWN = ("one long prompt", "soft 0.1", "soft 0.35", "soft 1", "hard", "blend", f"hard, {BARE}")
 
 
 def paint(pipe: Any, some: list[Case], name: str, steps: int) -> list[np.ndarray]:
@@ -166,8 +167,8 @@ def paint(pipe: Any, some: list[Case], name: str, steps: int) -> list[np.ndarray
     regional = setting is not None and set(setting) != {"pads"}
     rows = []
     for case in some:
-        tail = f" on a {case.ground} background" if NAMED in name else ""
-        rows.append([Region(p.mask, t + tail) for p, t in zip(case.places, case.prompts, strict=True)])
+        texts = case.objects if BARE in name else case.prompts
+        rows.append([Region(p.mask, text) for p, text in zip(case.places, texts, strict=True)])
     with contextlib.ExitStack() as stack:
         if setting is not None:
             stack.enter_context(enable(pipe, rows if regional else (), **setting))
@@ -241,9 +242,7 @@ def table(every: list[Case], results: dict[str, dict[str, Any]]) -> str:
         low, high = interval(sum(flat), len(flat))
         cells.append(f"**{np.mean(flat):.1%}** ({low:.0%} to {high:.0%})")
         cells.append(f"{np.mean([all(v['right']) for v in verdicts]):.0%}")
-        cells.append(
-            "" if "no base" in name and NAMED not in name else f"{np.mean([v['ground'] for v in verdicts]):.0%}"
-        )
+        cells.append(f"{np.mean([v['ground'] for v in verdicts]):.0%}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -276,7 +275,7 @@ def sheet(every: list[Case], shown: dict[str, dict[str, list[np.ndarray]]], file
         pen.multiline_text((first + column * (cell + gap), 2), words, fill="black", font=font, spacing=1)
     for row, case in enumerate(chosen):
         top = head + row * (cell + gap)
-        asked = [f"{place.words or 'around it'}: {t}" for place, t in zip(case.places, case.prompts, strict=True)]
+        asked = [f"{place.words}: {text}" for place, text in zip(case.places, case.objects, strict=True)]
         pen.multiline_text((4, top + 2), "\n".join([*asked, "", case.base.replace(" on ", "\non ")]), "black", font)
         for column, name in enumerate(names):
             image = shown[name][case.layout][row % 2]

@@ -1,4 +1,4 @@
-"""What `make demo` runs: the main job, on real masks at Anima's shapes.
+"""What `make demo` runs: the main job, painted by the tiny Anima (`paint.py`), then measured at the real one's shapes.
 
 For each region file in this folder: read it, bind the plan to the picture's tokens, run attention as one of Anima's 28
 blocks does (16 heads of 128, one query for 16 x 16 pixels, each prompt padded to 512 rows), hold every result to the
@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+
+import paint
 
 from anima_fast.bench.cases import Problem, padded_problem
 from anima_fast.bench.machine import describe
@@ -36,7 +38,9 @@ TIMED = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Regional attention on real masks at Anima's shapes.")
+    parser = argparse.ArgumentParser(
+        description="Four prompts in four regions, painted; then regional attention at Anima's shapes."
+    )
     parser.add_argument("--rounds", type=int, default=3, help="timed calls of each (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("demo_output"), help="default: %(default)s")
     options = parser.parse_args()
@@ -45,7 +49,12 @@ def main() -> int:
     print(
         f"anima_fast {machine['anima_fast']}, torch {machine['torch']}, {machine['cpu']}, {machine['threads']} threads"
     )
-    print(f"One cross-attention call of Anima ({HEADS} heads of {HEAD_DIM}, fp32), prompts padded to 512 rows.\n")
+    try:
+        painted = f"{paint.paint(options.out)}, "
+    except ValueError as error:  # diffusers is not installed
+        painted = ""
+        print(f"nothing painted: {error}")
+    print(f"\nOne cross-attention call of Anima ({HEADS} heads of {HEAD_DIM}, fp32), prompts padded to 512 rows.\n")
     measured, failed = [], 0
     for name in FILES:
         read = regions.read_region_file(HERE / "regions" / f"{name}.json")
@@ -71,7 +80,9 @@ def main() -> int:
         draw(report(measured, options.rounds), str(options.out / "timing.png"))
     except ValueError as error:
         print(f"no timing.png: {error}")
-    print(f"\nPictures are in {options.out}/: <region file>/overlay.png, tokens.png, weights_*.png, and timing.png")
+    print(
+        f"\nPictures: {painted}{options.out}/timing.png, and of each region file overlay.png, tokens.png, weights_*.png"
+    )
     print(f"{'FAILED' if failed else 'All results correct'}; {time.perf_counter() - begun:.0f} s.")
     return 1 if failed else 0
 

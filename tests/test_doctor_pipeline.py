@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from anima_fast.doctor.verdict import TESTS
 from anima_fast.doctor.workflow import read
 from anima_fast.runner.model import quiet
 
+TINY_ANIMA = Path(__file__).parents[1] / "examples" / "tiny_anima"
 SMALL = Official(size=(128, 128), steps=2, text="a red house", negative="")
 
 
@@ -154,6 +156,25 @@ def test_a_planted_fault_is_found(pipe, tmp_path, monkeypatch, fault):
     run = pipeline.run(pipe, request, official=SMALL)
     assert run.verdict.fault == fault, run.verdict
     assert isinstance(run, live.Run)
+
+
+@pytest.mark.skipif(not (TINY_ANIMA / "model").is_dir(), reason="the tiny Anima is not there")
+def test_the_seeds_failure(monkeypatch):
+    """A sampling patch made for another model, with regions on: noise with two halves, named from the pictures."""
+    pytest.importorskip("accelerate")
+    from anima_fast.runner.model import find, load
+
+    case = Case(read(TINY_ANIMA / "wrong_sampling.json", OBJECT_INFO))
+    request, _ = pipeline.request_of(case, str(TINY_ANIMA / "model"))
+    official = Official(size=(192, 192), steps=12, text="a red circle on a gray background", negative="")
+    request = dataclasses.replace(request, steps=12)
+    with quiet():
+        pipe = load(find(request.model), dtype=torch.float32, device="cpu")
+        run = pipeline.run(pipe, request, official=official)
+    rows = {row.test: row for row in run.rows}
+    assert run.verdict.fault == "sampling", run.verdict
+    assert rows["workflow"].kind == "noise" and rows["workflow"].measures.halves_differ
+    assert rows["baseline"].kind == rows["sampling"].kind == "picture"
 
 
 def test_nan_is_blank(pipe, tmp_path, monkeypatch):
