@@ -1,6 +1,6 @@
 """Regional prompting, judged by what is on the pictures: in which share of regions is what the region's prompt says?
 
-    python benchmarks/regional_quality.py                    every setting on every layout, docs/regional_quality.png
+    python benchmarks/regional_quality.py                    every setting on every layout; --sheet F draws some
     python benchmarks/regional_quality.py --list             the settings
     python benchmarks/regional_quality.py --only hard blend --cases 20
 
