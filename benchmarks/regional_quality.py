@@ -2,7 +2,7 @@
 
     python benchmarks/regional_quality.py                    every setting on every layout; --sheet F draws some
     python benchmarks/regional_quality.py --list             the settings
-    python benchmarks/regional_quality.py --only hard blend --cases 20
+    python benchmarks/regional_quality.py --only hard blend --cases 20 --workers 1
 
 The tiny Anima (examples/tiny_anima) paints; `classify.py` of the same folder says what is there. A region is right if,
 of the objects whose middle lies in it, the largest has the colour and the shape that its prompt names. Colours and
@@ -16,11 +16,17 @@ Settings that are there already are not painted again when the same figures file
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import json
 import math
+import multiprocessing
+import os
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -64,24 +70,33 @@ class Case:
     @property
     def objects(self) -> list[str]:
         """What each region shows."""
-        return [f"{'an' if colour == 'orange' else 'a'} {colour} {shape}" for colour, shape in self.asked]
+        return [f"{colour} {shape}" for colour, shape in self.asked]
+
+    @property
+    def placed(self) -> list[str]:
+        """What is where."""
+        return [f"{text} {place.words}" for text, place in zip(self.objects, self.places, strict=True)]
 
     @property
     def prompts(self) -> list[str]:
-        """Of each region: object, place, background, as the model's captions of one object have them."""
-        ground = f"on a {self.ground} background"
-        return [f"{text} {place.words} {ground}" for text, place in zip(self.objects, self.places, strict=True)]
+        """Of each region: object, place, background."""
+        return [f"{text}, {self.ground} background" for text in self.placed]
 
     @property
     def base(self) -> str:
-        count = {2: "two", 4: "four", 6: "some"}[len(self.places)]
+        count = {2: "two", 4: "four", 6: "six"}[len(self.places)]
         return f"{count} shapes on a {self.ground} background"
 
     @property
     def sentence(self) -> str:
         """One long prompt."""
-        named = [f"{text} {place.words}" for text, place in zip(self.objects, self.places, strict=True)]
+        named = [f"{'an' if text.startswith('o') else 'a'} {text}" for text in self.placed]
         return f"{', '.join(named[:-1])} and {named[-1]} on a {self.ground} background"
+
+    @property
+    def tags(self) -> str:
+        """One long prompt as a list."""
+        return ", ".join([*self.placed, f"{self.ground} background"])
 
 
 def layouts() -> dict[str, tuple[Place, ...]]:
@@ -124,10 +139,11 @@ def cases(count: int) -> list[Case]:
 #: Takes place and background out of each region's prompt; it is no argument of `enable`.
 BARE = "regions name only the object"
 
-#: What `enable` is called with; None: no regions, one long prompt.
+#: What `enable` is called with besides regions; None: it is not called.
 SETTINGS: dict[str, dict[str, Any] | None] = {
-    "one long prompt": None,
-    "one long prompt, pads stripped": {"pads": "strip"},
+    (LONG := "one long prompt"): None,
+    f"{LONG}, as tags": None,
+    f"{LONG}, pads stripped": {"pads": "strip"},
     "soft 0.1": {"strength": 0.1},
     "soft 0.2": {"strength": 0.2},
     "soft 0.35": {"strength": 0.35},
@@ -158,13 +174,13 @@ SETTINGS: dict[str, dict[str, Any] | None] = {
 }
 
 #: Columns of the contact sheet.
-SHOWN = ("one long prompt", "soft 0.1", "soft 0.35", "soft 1", "hard", "blend", f"hard, {BARE}")
+SHOWN = (LONG, f"{LONG}, as tags", "soft 0.1", "soft 0.35", "soft 1", "hard", "blend", f"hard, {BARE}")
 
 
 def paint(pipe: Any, some: list[Case], name: str, steps: int) -> list[np.ndarray]:
     """uint8 [H, W, 3] of cases of one size, each from its own noise."""
     setting = SETTINGS[name]
-    regional = setting is not None and set(setting) != {"pads"}
+    regional = not name.startswith(LONG)
     rows = []
     for case in some:
         texts = case.objects if BARE in name else case.prompts
@@ -173,7 +189,7 @@ def paint(pipe: Any, some: list[Case], name: str, steps: int) -> list[np.ndarray
         if setting is not None:
             stack.enter_context(enable(pipe, rows if regional else (), **setting))
         found = pipe(
-            prompt=[case.base if regional else case.sentence for case in some],
+            prompt=[case.base if regional else case.tags if "as tags" in name else case.sentence for case in some],
             negative_prompt=[""] * len(some),
             width=some[0].size[0],
             height=some[0].size[1],
@@ -201,7 +217,6 @@ def run(pipe: Any, every: list[Case], name: str, steps: int, batch: int) -> dict
     begun = time.perf_counter()
     verdicts = []
     shown = {}
-    bar = tqdm(total=len(every), desc=name, leave=False)
     for layout in layouts():
         of = [case for case in every if case.layout == layout]
         for start in range(0, len(of), batch):
@@ -210,9 +225,26 @@ def run(pipe: Any, every: list[Case], name: str, steps: int, batch: int) -> dict
             if start == 0:
                 shown[layout] = images[:3]
             verdicts += [judge(image, case) for image, case in zip(images, some, strict=True)]
-            bar.update(len(some))
-    bar.close()
     return {"verdicts": verdicts, "seconds": round(time.perf_counter() - begun, 1), "shown": shown}
+
+
+@functools.cache
+def pipeline(model: str) -> Any:
+    """A worker's own, on one thread."""
+    torch.set_num_threads(1)
+    return load(find(model), dtype=torch.float32, device="cpu")
+
+
+def digest(model: str) -> str:
+    """Of the weights, so that figures of two models never stand in one table."""
+    found = hashlib.sha256()
+    for file in sorted(find(model).rglob("*.safetensors")):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def work(model: str, count: int, name: str, steps: int, batch: int) -> dict[str, Any]:
+    return run(pipeline(model), cases(count), name, steps, batch)
 
 
 def interval(right: int, count: int) -> tuple[float, float]:
@@ -264,17 +296,18 @@ def sheet(every: list[Case], shown: dict[str, dict[str, list[np.ndarray]]], file
     """Two cases of each layout: what is asked, and each setting's picture, wrong regions crossed out."""
     from PIL import Image, ImageDraw, ImageFont
 
-    cell, gap, head, first = 128, 10, 52, 210
+    cell, gap, head, first, words_line = 128, 10, 52, 210, 15
     names = [name for name in SHOWN if name in shown]
     chosen = [case for layout in layouts() for case in [c for c in every if c.layout == layout][:2]]
-    page = Image.new("RGB", (first + len(names) * (cell + gap), head + len(chosen) * (cell + gap)), "white")
+    heights = [gap + max(cell, words_line * (len(case.places) + 3)) for case in chosen]
+    page = Image.new("RGB", (first + len(names) * (cell + gap), head + sum(heights)), "white")
     pen = ImageDraw.Draw(page)
     font = ImageFont.load_default(12)
     for column, name in enumerate(names):
-        words = name.replace(", ", ",\n")
+        words = textwrap.fill(name, 20)
         pen.multiline_text((first + column * (cell + gap), 2), words, fill="black", font=font, spacing=1)
     for row, case in enumerate(chosen):
-        top = head + row * (cell + gap)
+        top = head + sum(heights[:row])
         asked = [f"{place.words}: {text}" for place, text in zip(case.places, case.objects, strict=True)]
         pen.multiline_text((4, top + 2), "\n".join([*asked, "", case.base.replace(" on ", "\non ")]), "black", font)
         for column, name in enumerate(names):
@@ -301,6 +334,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SETTINGS, metavar="SETTING", help="default: all")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=20)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/regional_quality.json")
     parser.add_argument("--sheet", type=Path, help="also a contact sheet, of all that was painted now")
     parser.add_argument("--list", action="store_true", help="show the settings")
@@ -309,7 +343,7 @@ def main() -> None:
         for name, setting in SETTINGS.items():
             print(f"{name:<42} {setting if setting is not None else 'no regions'}")
         return
-    settings = {"cases": options.cases, "steps": options.steps, "batch": options.batch}
+    settings = {"cases": options.cases, "steps": options.steps, "batch": options.batch, "model": digest(options.model)}
     every = cases(options.cases)
     results: dict[str, dict[str, Any]] = {}
     if options.json.is_file():
@@ -319,18 +353,20 @@ def main() -> None:
     wanted = options.only or list(SETTINGS)
     if options.sheet:
         wanted += [name for name in SHOWN if name not in wanted]
-    pipe = load(find(options.model), dtype=torch.float32, device="cpu")
+    wanted = [name for name in wanted if name not in results or (options.sheet and name in SHOWN)]
     shown = {}
-    for name in wanted:
-        if name in results and not (options.sheet and name in SHOWN):
-            continue
-        found = run(pipe, every, name, options.steps, options.batch)
-        shown[name] = found.pop("shown")
-        results[name] = found
-        record = {"machine": describe(), "settings": settings, "results": results}
-        write_atomic(options.json, (json.dumps(record) + "\n").encode())
-        share = np.mean([r for v in found["verdicts"] for r in v["right"]])
-        print(f"{name}: {share:.1%} of regions, {found['seconds']} s", flush=True)
+    with concurrent.futures.ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
+        begun = {
+            pool.submit(work, options.model, options.cases, name, options.steps, options.batch): name for name in wanted
+        }
+        for done in tqdm(concurrent.futures.as_completed(begun), total=len(begun), desc="settings"):
+            name, found = begun[done], done.result()
+            shown[name] = found.pop("shown")
+            results[name] = found
+            record = {"machine": describe(), "settings": settings, "results": results}
+            write_atomic(options.json, (json.dumps(record) + "\n").encode())
+            share = np.mean([r for v in found["verdicts"] for r in v["right"]])
+            tqdm.write(f"{name}: {share:.1%} of regions, {found['seconds']} s")
     print("\n" + table(every, results))
     print("\n".join(["", *pairs(results)]))
     if options.sheet:

@@ -42,17 +42,17 @@ class Scene:
 
     @property
     def prompts(self) -> list[str]:
-        return [f"{thing} {place} on a {self.ground} background" for _, thing, place in self.regions]
+        return [f"{thing} {place}, {self.ground} background" for _, thing, place in self.regions]
 
     @property
-    def sentence(self) -> str:
-        named = [f"{thing} {place}" for _, thing, place in self.regions]
-        return f"{', '.join(named[:-1])} and {named[-1]} on a {self.ground} background"
+    def one_prompt(self) -> str:
+        """The same words, the background said once."""
+        return ", ".join([*(f"{thing} {place}" for _, thing, place in self.regions), f"{self.ground} background"])
 
     def request(self, seed: int, *, regional: bool) -> Request:
         common: dict[str, Any] = dict(size=(SIDE, SIDE), steps=STEPS, seed=seed, model=str(MODEL))
         if not regional:
-            return Request(self.sentence, **common)
+            return Request(self.one_prompt, **common)
         masks = [Embedded.read(str(HERE / "masks" / f"{mask}.png"), "mask") for mask, _, _ in self.regions]
         regions = [RequestRegion(mask, prompt) for mask, prompt in zip(masks, self.prompts, strict=True)]
         base = f"{self.count} shapes on a {self.ground} background"
@@ -65,10 +65,10 @@ SCENES = (
         "four",
         "sand",
         (
-            ("top_left", "a large striped red heart", "at the top left"),
-            ("top_right", "a dotted blue star", "at the top right"),
-            ("bottom_left", "a small green ring", "at the bottom left"),
-            ("bottom_right", "a striped purple diamond", "at the bottom right"),
+            ("top_left", "large striped red heart", "at the top left"),
+            ("top_right", "dotted blue star", "at the top right"),
+            ("bottom_left", "small green ring", "at the bottom left"),
+            ("bottom_right", "striped purple diamond", "at the bottom right"),
         ),
     ),
 )

@@ -41,3 +41,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """Folder of the tiny random pipeline (`tiny_pipeline`); not to be written to."""
+    import tiny_pipeline
+
+    directory = tmp_path_factory.mktemp("model")
+    tiny_pipeline.save(directory)
+    return directory

@@ -43,13 +43,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("model")
-    tiny_pipeline.save(directory)
-    return directory
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -27,13 +27,6 @@ from anima_fast.runner.request import CHUNK, Request, read_record
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("model")
-    tiny_pipeline.save(directory)
-    return directory
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A working directory with masks; what the commands below name is relative to it."""

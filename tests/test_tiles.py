@@ -218,13 +218,6 @@ def pixels(path):
         return np.array(image).astype(int)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("model")
-    tiny_pipeline.save(directory)
-    return directory
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -10,12 +9,10 @@ from typing import Any
 
 import torch
 
-from ..integrations.diffusers import Region, enable
-from .chunks import chunked
 from .encoder import EncoderChoice, check_width, replacements
 from .jobs import Batch, Job, one_line
 from .model import find, load, quiet
-from .request import DTYPES, Request, generate, png
+from .request import DTYPES, Request, generate, png, settings
 
 __all__ = ["Painted", "Painter", "paint"]
 
@@ -100,29 +97,11 @@ def paint(pipe: Any, requests: Sequence[Request]) -> list[Any]:
     first = requests[0]
     if len(requests) == 1 or first.large:
         return [generate(pipe, request)[0][0] for request in requests]
-    pipe.scheduler.set_shift(pipe.scheduler.config.shift if first.shift is None else first.shift)
-    pipe.update_components(guider=pipe.guider.new(guidance_scale=first.guidance))
     width, height = first.size
     arguments: dict[str, Any] = {}
     if first.image is not None:
-        arguments = {"image": first.image.upright("image"), "strength": first.strength}
-    rows = [
-        [Region(region.mask.image("mask"), region.prompt, region.strength, region.priority) for region in r.regions]
-        for r in requests
-    ]
-    chunks = contextlib.nullcontext() if first.attention_chunk is None else chunked(pipe, first.attention_chunk)
-    with (
-        chunks,
-        enable(
-            pipe,
-            rows,
-            start_percent=first.start,
-            end_percent=first.end,
-            outside=first.outside,
-            base=first.base,
-            **first.plan,
-        ),
-    ):
+        arguments = {"image": first.image.upright("--image"), "strength": first.strength}
+    with settings(pipe, requests):
         found = pipe(
             prompt=[request.prompt for request in requests],
             negative_prompt=[request.negative for request in requests],

@@ -14,7 +14,7 @@ import inspect
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ __all__ = [
     "png",
     "preview",
     "read_record",
+    "settings",
     "write_png",
 ]
 
@@ -248,19 +249,40 @@ def _unpack(packed: dict[str, str]) -> Embedded:
         raise ValueError(f"{packed['name']!r} is damaged") from error
 
 
+@contextlib.contextmanager
+def settings(pipe: Any, requests: Sequence[Request]) -> Iterator[Enabled]:
+    """The pipeline with the requests' shift, guidance, chunks and regions; several requests are the rows of one launch
+    and differ in prompts, regions and seed only."""
+    first = requests[0]
+    pipe.scheduler.set_shift(pipe.scheduler.config.shift if first.shift is None else first.shift)
+    pipe.update_components(guider=pipe.guider.new(guidance_scale=first.guidance))
+    rows = [
+        [Region(region.mask.image("--region"), region.prompt, region.strength, region.priority) for region in r.regions]
+        for r in requests
+    ]
+    chunks = contextlib.nullcontext() if first.attention_chunk is None else chunked(pipe, first.attention_chunk)
+    with (
+        chunks,
+        enable(
+            pipe,
+            rows if len(rows) > 1 else rows[0],
+            start_percent=first.start,
+            end_percent=first.end,
+            outside=first.outside,
+            base=first.base,
+            **first.plan,
+        ) as enabled,
+    ):
+        yield enabled
+
+
 def generate(pipe: Any, request: Request) -> tuple[list[Any], Enabled]:
     """The request's pictures (PIL), and what its regions did. Picture i is drawn from seed + i.
 
     Raises FloatingPointError when the model gives NaN; ValueError for a size that it does not take.
     """
     _check_side(pipe, request)
-    pipe.scheduler.set_shift(pipe.scheduler.config.shift if request.shift is None else request.shift)
-    pipe.update_components(guider=pipe.guider.new(guidance_scale=request.guidance))
     image = None if request.image is None else request.image.upright("--image")
-    regions = [
-        Region(region.mask.image("--region"), region.prompt, region.strength, region.priority)
-        for region in request.regions
-    ]
     generators = [torch.Generator().manual_seed(request.seed + i) for i in range(request.batch)]
     arguments: dict[str, Any] = {
         "prompt": request.prompt,
@@ -269,19 +291,7 @@ def generate(pipe: Any, request: Request) -> tuple[list[Any], Enabled]:
         "num_images_per_prompt": request.batch,
         "generator": generators if request.batch > 1 else generators[0],
     }
-    chunks = contextlib.nullcontext() if request.attention_chunk is None else chunked(pipe, request.attention_chunk)
-    with (
-        chunks,
-        enable(
-            pipe,
-            regions,
-            start_percent=request.start,
-            end_percent=request.end,
-            outside=request.outside,
-            base=request.base,
-            **request.plan,
-        ) as enabled,
-    ):
+    with settings(pipe, [request]) as enabled:
         if request.large:
             return _large(pipe, request, image, arguments), enabled
         if image is not None:

@@ -50,15 +50,19 @@ RADII = {"small": 17.0, "medium": 22.0, "large": 30.0}
 RASTER = 16
 #: Width and height of pictures, and how often each is drawn.
 SIZES = {
-    (128, 128): 10,
+    (128, 128): 8,
     (96, 96): 2,
     (64, 64): 1,
-    (192, 128): 2,
+    (192, 128): 3,
     (128, 192): 2,
-    (192, 192): 1,
+    (192, 192): 3,
 }
+#: Side of a panel, the smallest place of an object among several.
+PANEL = 64
+#: Chances of 0, 1, 2, ... objects in a picture of up to six panels, and of one with more room.
+CHANCES = {1: (0.02, 0.98), 4: (0.02, 0.42, 0.32, 0.1, 0.14), 6: (0.02, 0.22, 0.24, 0.12, 0.16, 0.08, 0.16)}
 
-_COUNTS = {1: "a", 2: "two", 3: "three", 4: "four"}
+_COUNTS = {1: "a", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 _OVERSAMPLING = 3
 
 
@@ -185,7 +189,7 @@ def sample(
     """A random picture of the training set, or (`testing`) of the held-out ones, which have one object.
 
     size     width and height; random if not given
-    count    number of objects, 1 to 4 (0: an empty background); random if not given
+    count    number of objects, up to 4 in 128 x 128 pixels and 6 in more (0: an empty background); random if not given
     """
     while True:
         picture = _sample(rng, size, 1 if testing else count)
@@ -199,8 +203,8 @@ def _sample(rng: np.random.Generator, size: tuple[int, int] | None, count: int |
         size = list(SIZES)[rng.choice(len(SIZES), p=weights / weights.sum())]
     width, height = size
     if count is None:
-        most = 1 if min(width, height) < 128 else 4
-        count = min(int(rng.choice([0, 1, 2, 3, 4], p=[0.02, 0.38, 0.34, 0.12, 0.14])), most)
+        most = min(6, (width // PANEL) * (height // PANEL))
+        count = int(rng.choice(most + 1, p=CHANCES[most]))
     background = str(rng.choice(list(BACKGROUNDS)))
     pattern = str(rng.choice(BACKGROUND_PATTERNS, p=[0.7, 0.15, 0.15]))
     cells = _cells(rng, width, height, count)
@@ -218,9 +222,14 @@ def _cells(rng: np.random.Generator, width: int, height: int, count: int) -> lis
         return []
     if count == 1:
         return [whole]
-    across = [(0.0, 0.0, width / 2, float(height)), (width / 2, 0.0, float(width), float(height))]
-    down = [(0.0, 0.0, float(width), height / 2), (0.0, height / 2, float(width), float(height))]
-    quarters = [(a[0], d[1], a[2], d[3]) for d in down for a in across]
+    panels = _grid(width, height, width // PANEL, height // PANEL)
+    if len(panels) > 4 and (count > 4 or rng.random() < 0.5):
+        chosen = rng.permutation(len(panels))
+        if len(panels) == 9 and rng.random() < 0.6:  # one in the middle, the others around it
+            chosen = np.array([4, *chosen[chosen != 4]])
+        return [panels[i] for i in rng.permutation(chosen[:count])]
+    across, down = _grid(width, height, 2, 1), _grid(width, height, 1, 2)
+    quarters = _grid(width, height, 2, 2)
     if count == 2:
         cells = across if rng.random() < np.clip(0.6 * width / height, 0.3, 0.85) else down
     elif count == 3 and rng.random() < 0.6:  # two quarters and the half that is left
@@ -230,6 +239,12 @@ def _cells(rng: np.random.Generator, width: int, height: int, count: int) -> lis
     else:
         cells = [quarters[i] for i in sorted(rng.permutation(4)[:count])]
     return [cells[i] for i in rng.permutation(len(cells))]
+
+
+def _grid(width: int, height: int, columns: int, rows: int) -> list[tuple[float, float, float, float]]:
+    """Equal rectangles, row by row."""
+    w, h = width / columns, height / rows
+    return [(w * c, h * r, w * (c + 1), h * (r + 1)) for r in range(rows) for c in range(columns)]
 
 
 def _thing(rng: np.random.Generator, cell: tuple[float, float, float, float], like: Thing | None) -> Thing:
@@ -285,9 +300,9 @@ def place(picture: Picture, thing: Thing, rng: np.random.Generator) -> str:
     down = "top" if y < 0.4 else "bottom" if y > 0.6 else ""
     if across and down:
         choice = rng.random()
-        if choice < 0.5:
+        if choice < 0.7:
             return f"at the {down} {across}"
-        across, down = (across, "") if choice < 0.75 else ("", down)
+        across, down = (across, "") if choice < 0.85 else ("", down)
     if across:
         return f"on the {across}"
     if down:
@@ -302,25 +317,26 @@ def ground(picture: Picture, rng: np.random.Generator) -> str:
 
 
 def describe(picture: Picture, rng: np.random.Generator) -> str:
-    """One of the picture's captions. A few leave objects out, or only count them, as base prompts do."""
+    """One of the picture's captions. Several objects are a list of tags in any order, as large image models mostly read
+    them: what there is, not where ("red circle, small blue star, gray background"). Tags may leave things out; of a
+    single tag the place may be said ("red circle on the left, gray background"). A sentence ("a red circle on the left
+    on a gray background") is of a picture with one object. A few captions only count, as base prompts do."""
     things = list(picture.things)
-    vague = rng.random()
+    kind = rng.random()
     if not things:
-        return ground(picture, rng) if vague < 0.7 else f"an empty picture with {ground(picture, rng)}"
-    if vague < 0.03:
+        return ground(picture, rng) if kind < 0.7 else f"an empty picture with {ground(picture, rng)}"
+    if kind < 0.03:
         text = str(rng.choice(["shapes", "some shapes", "a picture of shapes", "coloured shapes"]))
-    elif vague < 0.05:
+    elif kind < (0.06 if len(things) == 1 else 0.18):
         text = f"{_COUNTS[len(things)]} shape{'s' if len(things) > 1 else ''}"
-    elif vague < 0.06:
-        return ground(picture, rng)
+    elif len(things) == 1 and kind < 0.75:
+        text = _sentence(picture, things[0], rng)
     else:
-        if len(things) > 1 and vague < 0.14:
-            things = [things[i] for i in rng.permutation(len(things))[: int(rng.integers(1, len(things)))]]
-        text = _name_all(picture, things, rng)
+        return _tags(picture, things, rng)
     choice = rng.random()
-    if choice < 0.36:
+    if choice < 0.45:
         return f"{text} on {ground(picture, rng)}"
-    if choice < 0.44:
+    if choice < 0.5:
         return f"{ground(picture, rng)} with {text}"
     return text
 
@@ -335,30 +351,31 @@ def describe_fully(picture: Picture, rng: np.random.Generator) -> str:
     return f"{text}{where} on a {pattern}{picture.background} background"
 
 
-def _name_all(picture: Picture, things: list[Thing], rng: np.random.Generator) -> str:
-    kinds = {(thing.colour, thing.shape, thing.pattern, thing.size) for thing in things}
-    if len(things) > 1 and len(kinds) == 1 and rng.random() < 0.8:
-        return name(things[0], rng, article=_COUNTS[len(things)], plural=True)
+def _sentence(picture: Picture, thing: Thing, rng: np.random.Generator) -> str:
     style = rng.random()
-    if len(things) == 1:
-        text = name(things[0], rng, article="" if style < 0.1 else "a")
-        if 0.1 < style < 0.2:
-            text = str(rng.choice(["there is ", "a picture of ", "a picture with "])) + text
-        return f"{text} {place(picture, things[0], rng)}" if rng.random() < 0.35 else text
-    if len(things) == 2 and style < 0.2:
-        first, second = things
-        if abs(first.x - second.x) / picture.width > abs(first.y - second.y) / picture.height:
-            relation = "to the left of" if first.x < second.x else "to the right of"
-        else:
-            relation = "above" if first.y < second.y else "below"
-        return f"{name(first, rng)} {relation} {name(second, rng)}"
-    places: list[str] = [""] * len(things)
-    if style < 0.7:
-        places = [place(picture, thing, rng) for thing in things]
-    if 0.6 < style < 0.7:
-        return ", ".join(f"{where} {name(thing, rng)}" for where, thing in zip(places, things, strict=True))
-    named = [f"{name(thing, rng)} {where}".rstrip() for where, thing in zip(places, things, strict=True)]
-    return ", ".join(named[:-1]) + " and " + named[-1]
+    text = name(thing, rng, article="" if style < 0.1 else "a")
+    if 0.1 < style < 0.2:
+        text = str(rng.choice(["there is ", "a picture of ", "a picture with "])) + text
+    return f"{text} {place(picture, thing, rng)}" if rng.random() < 0.4 else text
+
+
+def _tags(picture: Picture, things: list[Thing], rng: np.random.Generator) -> str:
+    kinds = {(thing.colour, thing.shape, thing.pattern, thing.size) for thing in things}
+    if len(things) > 1 and len(kinds) == 1 and rng.random() < 0.5:
+        tags = [name(things[0], rng, article=_COUNTS[len(things)], plural=True)]
+    else:
+        order = rng.permutation(len(things))
+        choice = rng.random()
+        if choice < 0.45:
+            order = order[:1]
+        elif choice < 0.6:
+            order = order[: int(rng.integers(1, len(things) + 1))]
+        tags = [name(things[i], rng, article="") for i in order]
+        if len(tags) == 1 and rng.random() < 0.6:
+            tags[0] += f" {place(picture, things[order[0]], rng)}"
+    if rng.random() < 0.6:
+        tags.append(ground(picture, rng).removeprefix("a "))
+    return ", ".join(tags)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ training is the same training. Small pictures come first: they cost little, and 
     python examples/tiny_anima/train.py --run RUN --steps 8000       RUN/train.pt, RUN/loss.png; resumes from there
     torchrun --standalone --nproc-per-node 2 -- examples/tiny_anima/train.py --run RUN --threads 1
                                                                      two processes that share each batch
+    ... train.py --run RUN --painter OTHER/train.pt                  the transformer of another training to begin with
 """
 
 from __future__ import annotations
@@ -61,9 +62,9 @@ class Data:
         return latents[torch.from_numpy(chosen)].float().unsqueeze(2), captions
 
     def _weights(self, step: int) -> np.ndarray:
-        """Share of each picture size: from mostly small ones to that of the data in the first two thirds."""
+        """Share of each picture size: from mostly small ones to all pictures equally often, in the first two thirds."""
         late = min(1.0, 1.5 * step / self.steps)
-        natural = np.array([float(len(latents)) for latents in self.latents])
+        natural = np.array([float(latents[:, 0].numel()) for latents in self.latents])  # batches hold equal areas
         small = np.array([float(latents[0, 0].numel() <= 144) for latents in self.latents])
         if not small.any():
             small = natural
@@ -184,6 +185,14 @@ class Training:
         }
         run.save(state, file)
 
+    def take_painter(self, file: Path) -> None:
+        """Begins with another training's transformer: a painter that is still to learn what words mean."""
+        found = torch.load(file, weights_only=True)["average"]
+        with torch.no_grad():
+            for name, p in self.parts["transformer"].named_parameters(prefix="transformer"):
+                p.copy_(found[name])
+                self.average[name].copy_(p)
+
     def load(self, file: Path) -> None:
         state = torch.load(file, weights_only=True)
         self.parts.load_state_dict(state["parts"])
@@ -197,6 +206,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8000, help="in all, the resumed ones included")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--save-every", type=float, default=120, metavar="SECONDS")
+    parser.add_argument("--painter", type=Path, metavar="FILE", help="train.pt whose transformer a new training takes")
     parser.add_argument("--fp32", action="store_true", help="without bfloat16")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -210,6 +220,8 @@ def main() -> None:
     file = options.run / "train.pt"
     if file.is_file():
         training.load(file)
+    elif options.painter:
+        training.take_painter(options.painter)
     if training.processes > 1:
         torch.distributed.barrier()  # nobody writes the file before all have read it
     bar = tqdm(total=options.steps, initial=training.done, desc="train", disable=rank > 0)
