@@ -22,6 +22,7 @@ import torch
 from . import dispatch
 from .bound_plan import BoundPlan, PlanTensors
 from .errors import invalid, wrong_type
+from .tensor_checks import check_no_gradients
 
 __all__ = ["regional_attention"]
 
@@ -77,7 +78,6 @@ def regional_attention(
     if mask is not None:
         mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     t = plan.tensors
-    host = (list(t.segments_host), list(t.plan_index_host), list(t.groups_host))
     arguments = (
         q,
         k,
@@ -86,7 +86,9 @@ def regional_attention(
         t.order,
         t.segments,
         t.plan_index,
-        *host,
+        t.segments_host,
+        t.plan_index_host,
+        t.groups_host,
         scale,
         plan.combine,
         mask,
@@ -94,9 +96,9 @@ def regional_attention(
     )
     lse = None
     if return_lse:
-        out, lse = torch.ops.anima_fast.regional_attention_lse(*arguments)
+        out, lse = _regional_attention_lse(*arguments)
     else:
-        out = torch.ops.anima_fast.regional_attention(*arguments)
+        out = _regional_attention(*arguments)
     if layout != "bhnd":
         out = out.transpose(1, 2)
     if layout == "packed":
@@ -150,8 +152,7 @@ def _check(
         raise invalid("v", f"[B, H, N, D] = {list(v.shape)}", f"{list(k.shape)}, as k")
     if k.shape[1] == 0 or heads % k.shape[1]:
         raise invalid("k", f"{k.shape[1]} heads for {heads} heads of q", "a divisor of q's heads")
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise invalid("q, k, v", "tensors that require gradients", "inference: call under torch.no_grad()")
+    check_no_gradients(q, k, v)
     if not isinstance(plan, BoundPlan):
         raise wrong_type("plan", plan, "a BoundPlan (RegionPlan.bind makes one)")
     if plan.queries != queries:
@@ -214,6 +215,7 @@ def _run(
     *,
     lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    check_no_gradients(q, k, v)
     q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
     index = tuple(plan_index_host)
     if len(index) != q.shape[0]:
@@ -223,7 +225,7 @@ def _run(
     out = _new_out(q)
     log = _new_lse(q) if lse else None
     if q.numel():
-        chosen.load()(q, k, v, out, log, plan, scale=scale, combine=combine, mask=mask)
+        chosen.implementation(q, k, v, out, log, plan, scale=scale, combine=combine, mask=mask)
     return out, log
 
 
@@ -233,12 +235,12 @@ def _repeated(value: int, count: int, device: torch.device) -> torch.Tensor:
     return torch.full((count,), value, dtype=torch.int32, device=device)
 
 
-@torch.library.impl("anima_fast::regional_attention", "default")
+@dispatch.torch_op("regional_attention")
 def _regional_attention(*arguments: Any) -> torch.Tensor:
     return _run(*arguments, lse=False)[0]
 
 
-@torch.library.impl("anima_fast::regional_attention_lse", "default")
+@dispatch.torch_op("regional_attention_lse")
 def _regional_attention_lse(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = _run(*arguments, lse=True)
     assert lse is not None
@@ -253,14 +255,6 @@ def _(q: torch.Tensor, *rest: Any) -> torch.Tensor:
 @torch.library.register_fake("anima_fast::regional_attention_lse")
 def _(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return _new_out(q), _new_lse(q)
-
-
-def _no_gradient(*_: Any) -> None:
-    raise RuntimeError("anima_fast::regional_attention is inference only; call it under torch.no_grad()")
-
-
-torch.library.register_autograd("anima_fast::regional_attention", _no_gradient)
-torch.library.register_autograd("anima_fast::regional_attention_lse", _no_gradient)
 
 
 def workspace_bytes(

@@ -9,6 +9,7 @@ runs of that order.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -65,7 +66,7 @@ class BoundPlan:
     combine: str
     tensors: PlanTensors
 
-    @property
+    @functools.cached_property
     def queries(self) -> int:
         """Nq = T·Ht·Wt."""
         return math.prod(self.grid)
@@ -85,7 +86,7 @@ class BoundPlan:
         flat = self.tensors.segments_host
         return tuple((flat[i], flat[i + 1], flat[i + 2]) for i in range(0, len(flat), 3))
 
-    @property
+    @functools.cached_property
     def context_length(self) -> int:
         """Rows of k that the plan needs: its largest range end."""
         return max(end for _, end, _ in self.segments)

@@ -71,9 +71,7 @@ def causal_conv1d(
         (torch.Size([1, 256, 100]), torch.Size([1, 256, 3]))
     """
     silu = _check_conv(x, weight, bias, seq_idx, initial_states, return_final_states, final_states_out, activation)
-    out, final = torch.ops.anima_fast.causal_conv1d(
-        x, weight, bias, seq_idx, initial_states, return_final_states, silu, backend or ""
-    )
+    out, final = _causal_conv1d(x, weight, bias, seq_idx, initial_states, return_final_states, silu, backend or "")
     if not return_final_states:
         return out
     return out, final if final_states_out is None else final_states_out.copy_(final)
@@ -151,7 +149,7 @@ def _conv_outputs(x: torch.Tensor, weight: torch.Tensor, final: bool) -> tuple[t
     return _like(x), x.new_empty(shape)
 
 
-@torch.library.impl("anima_fast::causal_conv1d", "default")
+@dispatch.torch_op("causal_conv1d")
 def _causal_conv1d(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -166,7 +164,7 @@ def _causal_conv1d(
     chosen = CONV.select(facts_of(x), backend or None)
     out, final = _conv_outputs(x, weight, return_final_states)
     if x.shape[0] and x.shape[1]:
-        chosen.load()(
+        chosen.implementation(
             x,
             float_like(weight, x),
             None if bias is None else float_like(bias, x),
@@ -245,10 +243,10 @@ def causal_conv1d_update(
     """
     silu = _check_update(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)
     if x.ndim == 3:
-        return torch.ops.anima_fast.causal_conv1d_update(
+        return _causal_conv1d_update(
             x, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices, backend or ""
         )
-    return torch.ops.anima_fast.causal_conv1d_update(
+    return _causal_conv1d_update(
         x[..., None], conv_state, weight, bias, silu, cache_seqlens, conv_state_indices, backend or ""
     )[..., 0]
 
@@ -293,7 +291,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("anima_fast::causal_conv1d_update", "default")
+@dispatch.torch_op("causal_conv1d_update")
 def _causal_conv1d_update(
     x: torch.Tensor,
     conv_state: torch.Tensor,
@@ -308,7 +306,7 @@ def _causal_conv1d_update(
     chosen = UPDATE.select(facts_of(x), backend or None)
     out = _like(x)
     if out.numel():
-        chosen.load()(
+        chosen.implementation(
             x,
             conv_state,
             float_like(weight, x),

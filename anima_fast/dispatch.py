@@ -13,10 +13,13 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
+
+import torch
 
 from .errors import NoBackendError, invalid
 
@@ -37,7 +40,7 @@ class Constraint:
     why_not: Callable[[Facts], str | None]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Backend:
     """One implementation of an op. `function` is "module:name", imported at the first call;
     `unavailable()` says why this machine cannot run it at all, or None."""
@@ -58,7 +61,8 @@ class Backend:
                 return reason
         return None
 
-    def load(self) -> Callable[..., Any]:
+    @functools.cached_property
+    def implementation(self) -> Callable[..., Any]:
         return self.attribute(self.function.partition(":")[2])
 
     def attribute(self, name: str) -> Callable[..., Any]:
@@ -67,20 +71,28 @@ class Backend:
         return found
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Op:
     """A public op: its backends in order of preference, and `facts(*args, **kwargs)` of a call."""
 
     name: str
     backends: tuple[Backend, ...]
     facts: Callable[..., Facts]
+    _selected: dict[tuple[Any, ...], Backend] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def select(self, facts: Facts, backend: str | None = None) -> Backend:
-        """The backend that serves such a call: the named or forced one, or else the first that can.
+        """The backend that serves such a call: the named or forced one, or else the first that can. It is found
+        once for all calls with the same facts: in a small model, asking each time costs more than attention.
 
         Raises ValueError for an unknown name, NoBackendError with every backend's reason if none can.
         """
         name = backend or forced_backend()
+        kind = (name, *facts.values())
+        if kind not in self._selected:
+            self._selected[kind] = self._find(facts, name)
+        return self._selected[kind]
+
+    def _find(self, facts: Facts, name: str | None) -> Backend:
         if name is None:
             for candidate in self.backends:
                 if candidate.why_not(facts) is None:
@@ -94,6 +106,42 @@ class Op:
         if reason:
             raise NoBackendError(f"{self.name}: backend {name!r} was forced but cannot serve this call: {reason}")
         return by_name[name]
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def torch_op(name: str) -> Callable[[_Function], _Function]:
+    """Makes a function the implementation of the torch op `anima_fast::name`, whose schema is defined, and returns what
+    is to be called: at once the function itself where nobody compiles, traces or transforms, else the op. The way
+    through torch's dispatcher into Python costs more than attention does in a small model.
+
+    Example:
+        >>> @torch_op("causal_conv1d")
+        ... def _causal_conv1d(x, weight, ...): ...
+    """
+
+    def register(function: _Function) -> _Function:
+        torch.library.impl(f"anima_fast::{name}", "default", function)
+        op = getattr(torch.ops.anima_fast, name)
+
+        @functools.wraps(function)
+        def call(x: torch.Tensor, *rest: Any) -> Any:
+            return op(x, *rest) if _observed(x) else function(x, *rest)
+
+        return cast(_Function, call)
+
+    return register
+
+
+def _observed(x: torch.Tensor) -> bool:
+    return (
+        type(x) is not torch.Tensor
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0  # FakeTensorMode, make_fx, FLOP counters
+        or torch._C._functorch.maybe_current_level() is not None  # vmap
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace
+    )
 
 
 _ops: dict[str, Op] = {}

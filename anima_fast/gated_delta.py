@@ -82,7 +82,7 @@ def gated_delta_rule(
     """
     _check(q, k, v, g, beta, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens)
     check_chunk_size(chunk_size)
-    o, state = torch.ops.anima_fast.gated_delta_rule(
+    o, state = _gated_delta_rule(
         q, k, v, g, beta, _scale(scale, q), initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens,
         chunk_size, backend or "",
     )  # fmt: skip
@@ -115,7 +115,7 @@ def gated_delta_step(
         torch.Size([1, 1, 32, 128])
     """
     _check(q, k, v, g, beta, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens)
-    o, state = torch.ops.anima_fast.gated_delta_step(
+    o, state = _gated_delta_step(
         q, k, v, g, beta, _scale(scale, q), initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens,
         backend or "",
     )  # fmt: skip
@@ -212,7 +212,7 @@ def _run(
     chosen = op.select(facts_of(q), backend or None)
     o, final = _outputs(q, v, output_final_state, cu_seqlens)
     if q.shape[0]:
-        chosen.load()(
+        chosen.implementation(
             unit_last(q),
             unit_last(k),
             unit_last(v),
@@ -229,13 +229,13 @@ def _run(
     return o, final
 
 
-@torch.library.impl("anima_fast::gated_delta_rule", "default")
+@dispatch.torch_op("gated_delta_rule")
 def _gated_delta_rule(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     *others, chunk_size, backend = arguments
     return _run(RULE, *others, backend=backend, chunk_size=chunk_size)
 
 
-@torch.library.impl("anima_fast::gated_delta_step", "default")
+@dispatch.torch_op("gated_delta_step")
 def _gated_delta_step(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     *others, backend = arguments
     return _run(STEP, *others, backend=backend)

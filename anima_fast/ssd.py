@@ -110,14 +110,14 @@ def ssd_chunk_scan(
     ends = cu_seqlens if return_varlen_states else None
     options = (chunk_size, dt_softplus, low, high, backend or "")
     # Without seq_idx the varlen states belong to another scan than y: one that restarts at each sequence.
-    y, final, varlen = torch.ops.anima_fast.ssd_chunk_scan(
+    y, final, varlen = _ssd_chunk_scan(
         x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, None if seq_idx is None else ends, return_final_states,
         *options,
     )  # fmt: skip
     if ends is not None and seq_idx is None:
         tokens = torch.arange(x.shape[1], dtype=ends.dtype, device=x.device)
         restarts = torch.searchsorted(ends, tokens, right=True)[None] - 1
-        _, _, varlen = torch.ops.anima_fast.ssd_chunk_scan(
+        _, _, varlen = _ssd_chunk_scan(
             x, dt, A, B, C, None, None, dt_bias, initial_states, restarts, ends, False, *options
         )
     states = ([final] if return_final_states else []) + ([varlen] if return_varlen_states else [])
@@ -228,7 +228,7 @@ def _scan_outputs(
     )
 
 
-@torch.library.impl("anima_fast::ssd_chunk_scan", "default")
+@dispatch.torch_op("ssd_chunk_scan")
 def _ssd_chunk_scan(
     x: torch.Tensor,
     dt: torch.Tensor,
@@ -257,7 +257,7 @@ def _ssd_chunk_scan(
     precision = precision_of(x)
     y, final, varlen = _scan_outputs(x, B, cu_seqlens, return_final_states)
     if x.shape[0]:
-        chosen.load()(
+        chosen.implementation(
             unit_last(x),
             float_like(dt, x),
             A.to(precision),
@@ -369,11 +369,9 @@ def ssd_state_update(
     """
     _check_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
     if x.ndim == 3:
-        return torch.ops.anima_fast.ssd_state_update(
-            state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices, backend or ""
-        )
+        return _ssd_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices, backend or "")
     # Without heads, each of the P channels is a head of one channel: the same formula, and P has no limit.
-    return torch.ops.anima_fast.ssd_state_update(
+    return _ssd_state_update(
         state[:, :, None],
         x[..., None],
         dt[..., None],
@@ -446,7 +444,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("anima_fast::ssd_state_update", "default")
+@dispatch.torch_op("ssd_state_update")
 def _ssd_state_update(
     state: torch.Tensor,
     x: torch.Tensor,
@@ -467,7 +465,7 @@ def _ssd_state_update(
     chosen = UPDATE.select(facts_of(x), backend or None)
     out = x.new_empty(x.shape)
     if x.shape[0]:
-        chosen.load()(
+        chosen.implementation(
             state,
             x,
             float_like(dt, x),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
 from error_rule import assert_error_rule
 from hypothesis import given
 from strategies import Case, calls
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import anima_fast
 from anima_fast import BoundPlan, NoBackendError, RegionPlan, regional_attention
@@ -375,10 +378,32 @@ def test_torch_compile_without_graph_breaks(backend):
     torch.testing.assert_close(compiled(case.q, case.k, case.v), expected)
 
 
+def test_who_traces_or_transforms_a_call_sees_the_op():
+    """A plain call runs at once, without torch's dispatcher; these may not."""
+    case = quadrants(heads=4)
+
+    def layer(q):
+        return regional_attention(q, case.k, case.v, case.plan)
+
+    expected = layer(case.q)
+    traced = make_fx(layer)(case.q)
+    assert "anima_fast.regional_attention" in traced.code
+    torch.testing.assert_close(traced(case.q), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        scripted = torch.jit.trace(layer, (case.q,), check_trace=False)
+    assert "anima_fast::regional_attention" in str(scripted.inlined_graph)
+    torch.testing.assert_close(scripted(case.q + 1), layer(case.q + 1))
+    several = torch.stack([case.q, case.q + 1])
+    torch.testing.assert_close(torch.vmap(layer)(several), torch.stack([layer(q) for q in several]))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert layer(mode.from_tensor(case.q)).shape == expected.shape
+
+
 def test_gradients_are_refused():
     case = quadrants()
     case.q.requires_grad_()
-    with pytest.raises(ValueError, match="q, k, v: got tensors that require gradients; allowed: inference"):
+    with pytest.raises(ValueError, match="gradients: got a tensor that requires them; allowed: inference"):
         regional_attention(case.q, case.k, case.v, case.plan)
     with torch.no_grad():
         regional_attention(case.q, case.k, case.v, case.plan)
@@ -389,11 +414,10 @@ def test_a_gradient_through_the_raw_op_is_an_error_not_a_silent_zero():
     t = case.plan.tensors
     host = (list(t.segments_host), list(t.plan_index_host), list(t.groups_host))
     q = case.q.clone().requires_grad_()
-    out = torch.ops.anima_fast.regional_attention(
-        q, case.k, case.v, t.bias, t.order, t.segments, t.plan_index, *host, 0.2, "logit", None, ""
-    )
-    with pytest.raises(RuntimeError, match="inference only"):
-        out.sum().backward()
+    with pytest.raises(ValueError, match="gradients: got a tensor that requires them; allowed: inference"):
+        torch.ops.anima_fast.regional_attention(
+            q, case.k, case.v, t.bias, t.order, t.segments, t.plan_index, *host, 0.2, "logit", None, ""
+        )
 
 
 def call(**changes):

@@ -17,6 +17,7 @@ Regions belong to the transformer: of several pipelines that share one, run the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import itertools
@@ -25,7 +26,7 @@ import re
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -253,7 +254,7 @@ class _State:
     contexts: tuple[tuple[torch.Tensor, ...], ...] = ()  # of each row's regions
     plans: tuple[RegionPlan | None, ...] = ()  # of each row; None: it has no regions
     conditioning: bool = False
-    current: tuple[_Call, bool, bool] | None = None  # the call, whether it is conditional, whether regions act
+    current: tuple[_Call, bool, bool] | None = None  # the call, whether it has regions, whether they act
     # By whether it is conditional, and tile: those with the last conditional prompts and with the last others.
     calls: dict[tuple[bool, tuple[float, ...]], _Call] = dataclasses.field(default_factory=dict)
     sigmas: tuple[weakref.ref[torch.Tensor], list[float]] | None = None
@@ -366,7 +367,7 @@ class _State:
 
     def _before_transformer(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.current = None
-        given = inspect.signature(transformer.forward).bind_partial(*args, **kwargs).arguments
+        given = dict(zip(_parameters(type(transformer).forward), args, strict=False), **kwargs)
         latents, embeds = given.get("hidden_states"), given.get("encoder_hidden_states")
         pipe = self.pipe()
         if pipe is None or latents is None or not isinstance(embeds, torch.Tensor):
@@ -374,7 +375,7 @@ class _State:
         tiles = getattr(transformer, "_anima_fast_tiles", None)  # of runner.tiles
         if tiles is not None and tiles.box is None:
             return None  # the whole canvas: its tiles come one by one
-        conditional = bool(self.texts) and pipe.guider.is_conditional
+        conditional = pipe.guider.is_conditional
         frames, height, width = (s // p for s, p in zip(latents.shape[2:], transformer.config.patch_size, strict=True))
         grid = (frames, height, width)
         box = _WHOLE if tiles is None else tiles.box
@@ -388,7 +389,8 @@ class _State:
             }
             call = self._prepare(transformer, embeds, grid, conditional, shortest, box)
             self.calls[conditional, box] = call
-        self.current = (call, conditional, conditional and self._in_window(pipe))
+        regional = conditional and bool(self.texts)
+        self.current = (call, regional, regional and self._in_window(pipe))
         return None
 
     def _after_transformer(self, *_: Any) -> None:
@@ -437,7 +439,7 @@ class _State:
         own = {kind: RegionPlan.plain(kind[1], max(padded - kind[1], 0), pads=pads) for kind in different}
         plans = {"plain": own}
         contexts = {"plain": prompts}
-        if conditional:
+        if conditional and self.texts:
             together = [
                 torch.cat([*(part.to(embeds) for part in self.contexts[layout]), embeds[row, :length]])
                 for row, (layout, length) in enumerate(kinds)
@@ -491,8 +493,8 @@ class _Processor:
     ) -> torch.Tensor:
         state = self.state
         if state.current is not None:
-            call, conditional, active = state.current
-            kind = "plain" if not conditional else "regions" if active and self.regional else "outside"
+            call, regional, active = state.current
+            kind = "plain" if not regional else "regions" if active and self.regional else "outside"
             context = call.context[kind]
             q, k, v = (
                 project(x).unflatten(2, (attn.heads, -1))
@@ -518,6 +520,12 @@ class _Processor:
             attention_mask=attention_mask,
             image_rotary_emb=image_rotary_emb,
         )
+
+
+@functools.cache
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """What a model's call takes, in order: by its class, since others may have wrapped the model's own `forward`."""
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def _real_rows(embeds: torch.Tensor) -> list[int]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 
 from ...bound_plan import PlanTensors
@@ -28,8 +31,8 @@ def regional_attention(
     `isa` runs one instruction set ("portable", "avx2", "avx512") instead of this machine's best.
     """
     threads = torch.get_num_threads()
-    call = _call(q, k.shape[1], plan, scale, combine)
-    workspace = torch.empty(call.workspace(threads) + 64, dtype=torch.uint8)
+    call, size = _call(q, k.shape[1], plan, scale, combine, threads)
+    workspace = torch.empty(size, dtype=torch.uint8)
     aligned = -(-workspace.data_ptr() // 64) * 64
     call.run(
         *(_address(x) for x in (q, k, v, out)),
@@ -44,21 +47,42 @@ def regional_attention(
 
 def workspace_bytes(q: torch.Tensor, plan: PlanTensors, *, combine: str) -> int:
     """Bytes of temporaries of a call: packed keys and values and a few tiles for each thread."""
-    return int(_call(q, q.shape[1], plan, 1.0, combine).workspace(torch.get_num_threads())) + 64
+    return _call(q, q.shape[1], plan, 1.0, combine, torch.get_num_threads())[1]
 
 
-def _call(q: torch.Tensor, kv_heads: int, plan: PlanTensors, scale: float, combine: str):  # type: ignore[no-untyped-def]
+def _call(
+    q: torch.Tensor, kv_heads: int, plan: PlanTensors, scale: float, combine: str, threads: int
+) -> tuple[Any, int]:
     batch, heads, queries, head_dim = q.shape
-    return extension().RegionalAttention(
-        sizes=[batch, heads, kv_heads, queries, head_dim],
-        dtype=_DTYPES[q.dtype],
-        segments=list(plan.segments_host),
-        plan_index=list(plan.plan_index_host),
-        segments_per_plan=plan.segments.shape[1],
+    sizes = batch, heads, kv_heads, queries, head_dim
+    numbers = plan.segments_host, plan.plan_index_host, plan.segments.shape[1]
+    return _described(sizes, q.dtype, *numbers, scale, combine == "blend", threads)
+
+
+@functools.lru_cache(maxsize=256)
+def _described(
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    segments: tuple[int, ...],
+    plan_index: tuple[int, ...],
+    segments_per_plan: int,
+    scale: float,
+    blend: bool,
+    threads: int,
+) -> tuple[Any, int]:
+    """All of a call but its tensors, and the bytes of its workspace; the same for each block and step of a run."""
+    call = extension().RegionalAttention(
+        sizes=list(sizes),
+        dtype=_DTYPES[dtype],
+        segments=list(segments),
+        plan_index=list(plan_index),
+        segments_per_plan=segments_per_plan,
         scale=scale,
-        blend=combine == "blend",
+        blend=blend,
     )
+    return call, call.workspace(threads) + 64
 
 
 def _address(x: torch.Tensor) -> tuple[int, int, int, int]:
-    return (x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
+    batch, head, row, _ = x.stride()
+    return (x.data_ptr(), batch, head, row)
