@@ -53,14 +53,14 @@ SIZES = {
     (128, 128): 8,
     (96, 96): 2,
     (64, 64): 1,
-    (192, 128): 3,
+    (192, 128): 5,
     (128, 192): 2,
     (192, 192): 3,
 }
 #: Side of a panel, the smallest place of an object among several.
 PANEL = 64
 #: Chances of 0, 1, 2, ... objects in a picture of up to six panels, and of one with more room.
-CHANCES = {1: (0.02, 0.98), 4: (0.02, 0.42, 0.32, 0.1, 0.14), 6: (0.02, 0.22, 0.24, 0.12, 0.16, 0.08, 0.16)}
+CHANCES = {1: (0.02, 0.98), 4: (0.02, 0.42, 0.32, 0.1, 0.14), 6: (0.02, 0.2, 0.22, 0.1, 0.14, 0.08, 0.24)}
 
 _COUNTS = {1: "a", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 _OVERSAMPLING = 3
@@ -317,11 +317,12 @@ def ground(picture: Picture, rng: np.random.Generator) -> str:
 
 
 def describe(picture: Picture, rng: np.random.Generator) -> str:
-    """One of the picture's captions. Several objects are a list of tags in any order, as large image models mostly read
-    them: what there is, not where ("red circle, small blue star, gray background"). Tags may leave things out; of a
-    single tag the place may be said ("red circle on the left, gray background"). A sentence ("a red circle on the left
-    on a gray background") is of a picture with one object. A few captions only count, as base prompts do."""
-    things = list(picture.things)
+    """One of the picture's captions, as large image models mostly read them. A sentence is of a picture with one object
+    ("a red circle on the left on a gray background"). Tags name one thing and at times its place, and leave out what
+    else there is ("red circle on the left, gray background"), or are loose words in any order, which say what there is
+    and not what belongs together or where ("circle, blue, gray background, red, star"). A few captions only count, as
+    base prompts do."""
+    things = picture.things
     kind = rng.random()
     if not things:
         return ground(picture, rng) if kind < 0.7 else f"an empty picture with {ground(picture, rng)}"
@@ -332,7 +333,7 @@ def describe(picture: Picture, rng: np.random.Generator) -> str:
     elif len(things) == 1 and kind < 0.75:
         text = _sentence(picture, things[0], rng)
     else:
-        return _tags(picture, things, rng)
+        return _tags(picture, rng)
     choice = rng.random()
     if choice < 0.45:
         return f"{text} on {ground(picture, rng)}"
@@ -359,23 +360,31 @@ def _sentence(picture: Picture, thing: Thing, rng: np.random.Generator) -> str:
     return f"{text} {place(picture, thing, rng)}" if rng.random() < 0.4 else text
 
 
-def _tags(picture: Picture, things: list[Thing], rng: np.random.Generator) -> str:
-    kinds = {(thing.colour, thing.shape, thing.pattern, thing.size) for thing in things}
-    if len(things) > 1 and len(kinds) == 1 and rng.random() < 0.5:
+def _tags(picture: Picture, rng: np.random.Generator) -> str:
+    things = picture.things
+    alike = len({(thing.colour, thing.shape, thing.pattern, thing.size) for thing in things}) == 1
+    if len(things) > 1 and alike and rng.random() < 0.5:
         tags = [name(things[0], rng, article=_COUNTS[len(things)], plural=True)]
+    elif rng.random() < (0.9 if len(things) == 1 else 0.6):
+        thing = things[rng.integers(len(things))]
+        tags = [name(thing, rng, article="")]
+        if rng.random() < 0.7:
+            tags[0] += f" {place(picture, thing, rng)}"
     else:
-        order = rng.permutation(len(things))
-        choice = rng.random()
-        if choice < 0.45:
-            order = order[:1]
-        elif choice < 0.6:
-            order = order[: int(rng.integers(1, len(things) + 1))]
-        tags = [name(things[i], rng, article="") for i in order]
-        if len(tags) == 1 and rng.random() < 0.6:
-            tags[0] += f" {place(picture, things[order[0]], rng)}"
+        return _loose_words(picture, rng)
     if rng.random() < 0.6:
         tags.append(ground(picture, rng).removeprefix("a "))
     return ", ".join(tags)
+
+
+def _loose_words(picture: Picture, rng: np.random.Generator) -> str:
+    words = {word for thing in picture.things for word in name(thing, rng, article="").split()}
+    if len(picture.things) > 1 and rng.random() < 0.4:
+        words.add(f"{_COUNTS[len(picture.things)]} shapes")
+    if rng.random() < 0.6:
+        words.add(ground(picture, rng).removeprefix("a "))
+    kept = len(words) if rng.random() < 0.7 else int(rng.integers(1, len(words) + 1))
+    return ", ".join(str(word) for word in rng.permutation(sorted(words))[:kept])
 
 
 def main() -> None:
