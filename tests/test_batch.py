@@ -503,8 +503,8 @@ KILLED = """
 """
 
 
-def killed_and_resumed(model, count, kills, longest):
-    write(some_jobs(count))
+def killed_and_resumed(model, count, kills, longest, steps):
+    write([{**job, "steps": steps} for job in some_jobs(count)])
     script = textwrap.dedent(KILLED)
     command = ["batch", "jobs.jsonl", "--model", str(model), "--workers", "0", "--batch-size", "4", "--out"]
     seed = random.randrange(1000)
@@ -529,13 +529,13 @@ def killed_and_resumed(model, count, kills, longest):
 
 @POSIX
 def test_killed_at_random_moments(folder, model):
-    killed_and_resumed(model, count=16, kills=4, longest=1.5)
+    killed_and_resumed(model, count=16, kills=4, longest=1.5, steps=2)
 
 
 @POSIX
 @pytest.mark.slow
 def test_200_jobs_killed_20_times(folder, model):
-    assert killed_and_resumed(model, count=200, kills=20, longest=5.0) >= 15
+    assert killed_and_resumed(model, count=200, kills=20, longest=5.0, steps=25) >= 15
 
 
 def worker_processes(parent):
