@@ -63,6 +63,7 @@ class Backend:
 
     @functools.cached_property
     def implementation(self) -> Callable[..., Any]:
+        """The function itself."""
         return self.attribute(self.function.partition(":")[2])
 
     def attribute(self, name: str) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ The tiny Anima (examples/tiny_anima) paints; `classify.py` of the same folder sa
 of the objects whose middle lies in it, the largest has the colour and the shape that its prompt names. Colours and
 shapes of a picture all differ, so that a prompt that leaks or is ignored shows. All settings paint the same cases from
 the same noise: what differs between two lines of the table is the setting. "One long prompt" names the same things and
-places in one sentence, in the words that the model was trained with, and has no regions.
+places in one sentence, or as a list of tags, and has no regions.
 
 Settings that are there already are not painted again when the same figures file is given.
 """
